@@ -1,0 +1,404 @@
+"""Sparse attention without a model: a stack of maskers, then attention over what they selected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sah_transformers.kernels.masked_attention import masked_attention
+from sah_transformers.mask import Mask
+from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry
+from sah_transformers.rows import Context, Rows
+from sah_transformers.state import LayerState, State, positions_of
+from sah_transformers.visibility import Visibility
+
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
+"""Scores held at once by the reference, per device type: rows are taken in blocks of about this many."""
+
+KERNELS = ("auto", "reference", "triton")
+
+
+@dataclass
+class Call:
+    """One attention call, checked: what every block of rows has in common.
+
+    Attributes:
+        queries, keys, values: ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``.
+        maskers: the stack, in order.
+        visibility: which keys each row may see.
+        context: layer, scaling, softcap, positions.
+        side: side data of each masker of the stack.
+        sinks: learned sink logits ``[H]`` or ``[B|1, H, Q|1, 1]``, or None.
+        previous: mask ``[B, H, Q, K]`` that the stack starts from, or None.
+        min_keys: rows that see fewer keys are dense.
+        dropout: share of the normalised weights to drop.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    maskers: Sequence[Masker]
+    visibility: Visibility
+    context: Context
+    side: list[dict[str, torch.Tensor]]
+    sinks: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
+    min_keys: int = 0
+    dropout: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Q, K)."""
+        return (*self.queries.shape[:3], self.keys.shape[2])
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Row ranges that keep the scores of a block within ``BLOCK_ELEMENTS``."""
+        batch, heads, rows, keys = self.shape
+        limit = BLOCK_ELEMENTS["cuda" if self.queries.device.type == "cuda" else "cpu"]
+        start = 0
+        while start < rows:
+            step = max(1, limit // max(1, batch * heads * keys))
+            if self.visibility.is_causal:  # early rows reach fewer keys: take more of them
+                step = max(
+                    step, min(512, limit // max(1, batch * heads * self.visibility.reach(start + step)))
+                )
+            yield start, min(start + step, rows)
+            start += step
+
+    def rows(
+        self, start: int, stop: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> Rows:
+        """The block of rows ``start:stop`` (``queries`` are theirs) with the keys in their reach."""
+        visible, bias = self.visibility.block(start, stop)
+        reach = self.visibility.reach(stop)
+        context = self.context
+        if context.positions is not None:
+            context = replace(context, positions=context.positions[:, :reach])
+        prefix = self.visibility.is_prefix()
+        return Rows(queries, keys[:, :, :reach], values[:, :, :reach], visible, bias, prefix, context)
+
+    def select(self, rows: Rows, start: int, stop: int) -> Mask:
+        """Run the stack over a block of rows."""
+        size = rows.shape[-1]
+        if self.previous is None:
+            mask = Mask.create_empty_mask(rows.shape, device=rows.keys.device)
+        else:
+            mask = Mask.from_dense_unchecked(self.previous[:, :, start:stop, :size])
+        context = rows.context
+        for masker, side in zip(self.maskers, self.side, strict=True):
+            rows.context = (
+                replace(context, side={name: data[:, :, :size] for name, data in side.items()})
+                if side
+                else context
+            )
+            mask = masker.extend(rows, mask)
+        rows.context = context
+        if not self.maskers and self.previous is None:
+            return _visible_mask(rows)
+        if self.min_keys > 1:
+            short = rows.counts < self.min_keys
+            everything = short if rows.visible is None else short & rows.visible
+            mask = mask.merge_mask(Mask.from_dense_unchecked(everything.expand(rows.shape)))
+        return mask
+
+    def attend(
+        self, start: int, stop: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Mask, Rows]:
+        """(out ``[B, q, H, Dv]``, weights ``[B, H, q, K']``, mask, rows) of one block."""
+        rows = self.rows(start, stop, queries, keys, values)
+        scores = rows.scores()
+        mask = self.select(rows, start, stop)
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+            sinks = sinks if sinks.shape[2] == 1 else sinks[:, :, start:stop]
+        out, weights = masked_attention(scores, rows.values, mask, rows.visible, sinks, self.dropout)
+        return out.to(self.queries.dtype), weights, mask, rows
+
+
+def _visible_mask(rows: Rows) -> Mask:
+    if rows.visible is None:
+        return Mask.create_full_mask(rows.shape, device=rows.keys.device)
+    return Mask.from_dense_unchecked(rows.visible.expand(rows.shape))
+
+
+def make_call(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    maskers: Sequence[Masker],
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    previous_mask: Mask | None = None,
+    dropout: float = 0.0,
+    layer_idx: int = 0,
+    head_offset: int = 0,
+    min_keys: int = 0,
+    layer_state: LayerState | None = None,
+) -> Call:
+    """Check the arguments of ``sparse_attention`` and bring the side data up to date.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value, before any work.
+    """
+    check_shapes(queries, keys, values)
+    batch, heads, rows, dim = queries.shape
+    total = keys.shape[2]
+    if sinks is not None and not (sinks.numel() == heads or sinks.dim() == 4):
+        raise ValueError(
+            f"sinks must have shape [{heads}] or [B|1, {heads}, Q|1, 1], got {list(sinks.shape)}"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    visibility = Visibility(
+        batch, heads, rows, total, attention_mask, is_causal, queries.device, position_bias, indices
+    )
+    previous = None
+    if previous_mask is not None:
+        if tuple(previous_mask.shape) != (batch, heads, rows, total):
+            raise ValueError(
+                f"previous_mask must have shape {[batch, heads, rows, total]}, got {list(previous_mask.shape)}"
+            )
+        previous = previous_mask.active() if previous_mask.form.unit else previous_mask.get_dense_mask()
+    context = Context(
+        layer_idx=layer_idx,
+        scaling=dim**-0.5 if scaling is None else float(scaling),
+        softcap=softcap,
+        head_offset=head_offset,
+    )
+    side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
+    stateful = [masker for masker in maskers if masker.needs_state]
+    if stateful:
+        state = LayerState() if layer_state is None else layer_state
+        new = rows if layer_state is not None else total
+        positions = state.update(stateful, keys, values, min(new, total), visibility.real(), context)
+        side = [state.side(masker) if masker.needs_state else {} for masker in maskers]
+    elif any(masker.needs_positions for masker in maskers):
+        real = visibility.real()
+        everything = torch.ones(batch, total, dtype=torch.bool, device=keys.device)
+        positions = positions_of(everything if real is None else real.expand(batch, -1))
+    else:
+        positions = None
+    context = replace(context, positions=positions)
+    return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout)
+
+
+def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless the three fit together, with H a multiple of G."""
+    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor [B, heads, length, dim], got {got}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    batch, heads, _, dim = queries.shape
+    groups = keys.shape[1]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"query heads must be a multiple of KV heads, got H={heads}, G={groups}")
+    if keys.shape[0] != batch or keys.shape[3] != dim:
+        raise ValueError(f"keys must have shape [{batch}, G, K, {dim}], got {list(keys.shape)}")
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(f"values must have shape {list(keys.shape[:3])} + [Dv], got {list(values.shape)}")
+
+
+def sparse_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    maskers: Sequence[MaskerConfig | Mapping[str, Any] | Masker],
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    previous_mask: Mask | None = None,
+    dropout: float = 0.0,
+    layer_idx: int = 0,
+    head_offset: int = 0,
+    kernel: str = "auto",
+    state: State | None = None,
+    return_mask: bool = True,
+) -> Any:
+    """Attention of each row over the keys that a stack of maskers selects for it.
+
+    Memory is linear in K: rows are taken block by block, with gradients blocks are recomputed in the backward pass.
+    Selection is as if every score were computed in float64 and rounded once to float32; it is not differentiated.
+
+    Args:
+        queries: ``[B, H, Q, D]``; keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; H a multiple of G.
+        maskers: the stack, in order: configs, dicts with a ``type``, or maskers. ``[]`` is dense attention.
+        attention_mask: what is visible: None = every key; 2-D ``[B, K]`` = non-zero for a real token; 4-D boolean
+            (True = visible) or additive ``[B|1, 1|H, Q, K]`` (hidden at or below ``finfo.min / 2``).
+        is_causal: adds lower-right causal order: row ``i`` sees keys up to ``i + K - Q``.
+        scaling: factor on q·k, ``D**-0.5`` by default.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: learned sink logits ``[H]`` (or ``[B|1, H, Q|1, 1]``) in the softmax's denominator.
+        position_bias: ``[B|1, 1|H, Q, K]`` added to the scores.
+        indices: ``[B, Q, n]``, the only keys a row may see, -1 = unused.
+        previous_mask: ``[B, H, Q, K]`` that the stack starts from.
+        dropout: share of the normalised weights to drop.
+        layer_idx, head_offset: which layer and which global head the call starts at (per-layer side data, seeds).
+        kernel: ``"reference"``, ``"triton"``, or ``"auto"``, the fastest that covers the case.
+        state: carries side data per key from call to call of the same sequences.
+        return_mask: False returns ``out`` alone and builds no mask.
+
+    Returns:
+        ``(out, mask)``: ``[B, Q, H, Dv]`` in the queries' dtype and the ``Mask`` ``[B, H, Q, K]``; or ``out``.
+
+    Raises:
+        ValueError: for arguments that do not fit together, before any work.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
+    check_kernel(kernel)
+    stack = [MaskerRegistry.create_masker(masker) for masker in maskers]
+    call = make_call(
+        queries,
+        keys,
+        values,
+        stack,
+        attention_mask=attention_mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        indices=indices,
+        previous_mask=previous_mask,
+        dropout=dropout,
+        layer_idx=layer_idx,
+        head_offset=head_offset,
+        layer_state=None if state is None else state.layer(layer_idx),
+    )
+    if not return_mask:
+        return run(call)[0]
+    masks: list[Mask] = []
+    out, _ = run(call, masks=masks)
+    return out, _join(masks, call)
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ``ValueError`` when ``kernel="triton"`` is asked for where it cannot run."""
+    if kernel == "triton":
+        raise ValueError("kernel 'triton' is not available in this version; use 'auto' or 'reference'")
+
+
+def run(
+    call: Call, return_weights: bool = False, masks: list[Mask] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of all rows, block by block.
+
+    Args:
+        call: the checked call.
+        return_weights: also return the normalised weights (``[B, H, Q, K]``, quadratic memory).
+        masks: receives the mask of each block.
+
+    Returns:
+        (out ``[B, Q, H, Dv]``, weights or None).
+    """
+    batch, heads, rows, size = call.shape
+    inputs = (
+        call.queries,
+        call.keys,
+        call.values,
+        call.sinks,
+        call.visibility.position_bias,
+        call.visibility.mask,
+    )
+    recompute = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out = call.queries.new_empty(batch, rows, heads, call.values.shape[-1]) if not recompute else None
+    parts: list[torch.Tensor] = []
+    weights = None
+    if return_weights:
+        weights = torch.zeros(call.shape, dtype=call.queries.dtype, device=call.queries.device)
+    for start, stop in call.blocks():
+        tensors = (call.queries[:, :, start:stop], call.keys, call.values)
+        if recompute and not return_weights and masks is None:
+            part = checkpoint(
+                lambda *t, b=(start, stop): call.attend(*b, *t)[0], *tensors, use_reentrant=False
+            )
+            parts.append(part)  # type: ignore[arg-type]
+            continue
+        part, block_weights, mask, _ = call.attend(start, stop, *tensors)
+        if weights is not None:
+            weights[:, :, start:stop, : block_weights.shape[-1]] = block_weights.to(weights.dtype)
+        if masks is not None:
+            masks.append(mask)
+        if out is None:
+            parts.append(part)
+        else:
+            out[:, start:stop] = part
+    if out is None:
+        out = (
+            torch.cat(parts, dim=1)
+            if parts
+            else call.queries.new_empty(batch, 0, heads, call.values.shape[-1])
+        )
+    return out, weights
+
+
+def _join(masks: list[Mask], call: Call) -> Mask:
+    """One mask ``[B, H, Q, K]`` of the blocks' masks; keys beyond a block's reach are not active."""
+    if len(masks) == 1 and masks[0].shape == call.shape:
+        return masks[0]
+    unit = all(mask.form.unit for mask in masks)
+    joined = torch.zeros(call.shape, dtype=torch.bool if unit else torch.float32, device=call.queries.device)
+    for (start, stop), mask in zip(call.blocks(), masks, strict=True):
+        part = mask.active() if unit else mask.get_dense_mask()
+        joined[:, :, start:stop, : part.shape[-1]] = part
+    return Mask.from_dense_unchecked(joined)
+
+
+def selection(
+    masker: Masker,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    sparse_meta_data: dict[str, Any] | None = None,
+    previous_mask: Mask | None = None,
+    is_causal: bool = False,
+    layer_idx: int = 0,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    head_offset: int = 0,
+    **_: Any,
+) -> Mask:
+    """``previous_mask`` plus what ``masker`` selects: the work behind ``Masker.add_mask``."""
+    layer_state = None
+    if sparse_meta_data is not None and masker.needs_state:
+        layer_state = sparse_meta_data.setdefault("state", State()).layer(layer_idx)
+    call = make_call(
+        queries,
+        keys,
+        values,
+        [masker],
+        attention_mask=attention_mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        softcap=softcap,
+        position_bias=position_bias,
+        indices=indices,
+        previous_mask=previous_mask,
+        layer_idx=layer_idx,
+        head_offset=head_offset,
+        layer_state=layer_state,
+    )
+    masks = []
+    for start, stop in call.blocks():
+        rows = call.rows(start, stop, call.queries[:, :, start:stop], call.keys, call.values)
+        masks.append(call.select(rows, start, stop))
+    return _join(masks, call)

@@ -1,0 +1,159 @@
+"""The definition of top-k and top-p selection, in PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from sah_transformers.budget import check_number
+
+REACHED = 1e-6
+"""A cumulative share this close below ``top_p`` counts as reached."""
+
+LOWEST = float("-inf")
+
+
+def select_top_k(
+    estimates: torch.Tensor,
+    candidates: torch.Tensor | None,
+    budget: torch.Tensor,
+    most: int,
+    margin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The ``budget`` best candidates of each row, lower position first among equals.
+
+    Args:
+        estimates: ``[..., K]``; NaN ranks below everything.
+        candidates: bool, broadcastable to ``estimates``, or None for all.
+        budget: int64 ``[..., 1]``, broadcastable; fewer candidates than that are all taken.
+        most: upper bound of ``budget`` known to the host, 1 <= most.
+        margin: ``[..., 1]``, twice the error of an estimate. Given, a row whose cut falls among estimates closer
+            than that is reported undecided; without it every row is decided on the estimates as they are.
+
+    Returns:
+        (selected, undecided): bool ``[..., K]``, and bool ``[...]`` or None when no row is undecided.
+    """
+    size = estimates.shape[-1]
+    most = min(most, size)
+    if candidates is not None:
+        estimates = estimates.masked_fill(~candidates, LOWEST)
+    best = torch.topk(estimates, most, dim=-1).values
+    if best[..., 0].isnan().any():  # topk ranks NaN first
+        estimates = estimates.nan_to_num(nan=LOWEST, posinf=float("inf"), neginf=LOWEST)
+        best = torch.topk(estimates, most, dim=-1).values
+    index = (budget.clamp(max=most) - 1).expand(*best.shape[:-1], 1)
+    cut = best.gather(-1, index)
+    if margin is not None:
+        selected = estimates >= torch.where(cut == LOWEST, cut, cut - margin)
+        if candidates is not None:
+            selected &= candidates
+        undecided = selected.sum(-1, keepdim=True) > budget
+        return selected, undecided.squeeze(-1) if bool(undecided.any()) else None
+    above = estimates > cut
+    equal = estimates == cut
+    if candidates is not None:
+        equal &= candidates
+    room = budget - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room)), None
+
+
+def top_p_thresholds(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The weight down to which each row must keep its weights to hold a share of at least ``top_p``.
+
+    Sorted in descending order, the threshold is the weight at the first position whose cumulative share of the
+    row's total is at least ``top_p`` (within 1e-6); everything ``>= threshold`` is kept, so ties are in. 0 keeps the
+    best weight, 1.0 every weight.
+
+    Args:
+        weights: ``[..., n]``, non-negative, of any floating dtype.
+        top_p: a float in [0, 1].
+
+    Returns:
+        ``[..., 1]`` in the dtype of ``weights``; inf for rows without any weight.
+
+    Raises:
+        ValueError: for a ``top_p`` that is no float in [0, 1].
+
+    Example:
+        >>> top_p_thresholds(torch.tensor([0.1, 0.3, 0.2, 0.4, 0.1]), 0.8)
+        tensor([0.2000])
+    """
+    check_top_p(top_p)
+    held = torch.zeros((), dtype=torch.float64, device=weights.device)
+    return _thresholds(weights, top_p, held)[0]
+
+
+def check_top_p(top_p: object) -> None:
+    """Raise ``ValueError`` unless ``top_p`` is a float in [0, 1]."""
+    check_number("top_p", top_p, "in range [0, 1] (a float)")
+    if not isinstance(top_p, float) or not 0.0 <= top_p <= 1.0:
+        raise ValueError(f"top_p must be in range [0, 1] (a float), got {top_p!r}")
+
+
+def select_top_p(
+    weights: torch.Tensor,
+    candidates: torch.Tensor | None,
+    top_p: float,
+    held: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The fewest best candidates that hold a share ``top_p`` of each row's mass.
+
+    Args:
+        weights: ``[..., K]`` non-negative mass of each key; only candidates' count.
+        candidates: bool, broadcastable to ``weights``, or None for all.
+        top_p: a float in [0, 1].
+        held: ``[..., 1]`` mass that is already held and counts first, or None for none (then shares are of the
+            candidates' mass alone). A row that holds ``top_p`` > 0 already takes nothing.
+        margin: ``[..., 1]`` relative error of a weight, as in ``select_top_k``.
+
+    Returns:
+        (selected, undecided), as ``select_top_k``. Weights are compared after one rounding to float32.
+    """
+    if top_p == 1.0:
+        every = torch.ones_like(weights, dtype=torch.bool)
+        return (every if candidates is None else every & candidates), None
+    if candidates is not None:
+        weights = weights.masked_fill(~candidates, 0.0)
+    if weights.shape[-1] == 0:
+        return torch.zeros_like(weights, dtype=torch.bool), None
+    weights = weights.nan_to_num(nan=0.0)
+    before = torch.zeros((), device=weights.device) if held is None else held
+    threshold, slack = _thresholds(weights, top_p, before.double())
+    rounded = weights.float()
+    low = threshold.float()
+    if margin is not None:
+        close = (rounded >= low * (1 - 2 * margin)) & (rounded <= low * (1 + 2 * margin))
+        undecided = (close.sum(-1, keepdim=True) > 1) | (slack <= 4 * margin)
+    selected = rounded >= low
+    if candidates is not None:
+        selected &= candidates
+    if margin is not None and bool(undecided.any()):
+        return selected, undecided.expand(*weights.shape[:-1], 1).squeeze(-1)
+    return selected, None
+
+
+def _thresholds(weights: torch.Tensor, top_p: float, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Threshold ``[..., 1]`` of each row and how close its decision was, as a share of the mass."""
+    if weights.shape[-1] == 0:
+        return weights.new_full((*weights.shape[:-1], 1), float("inf")), held
+    ordered = weights.sort(dim=-1, descending=True).values
+    mass = ordered.cumsum(-1, dtype=torch.float64)
+    total = mass[..., -1:] + held
+    share = (mass + held) / total
+    if top_p == 1.0:
+        threshold = ordered[..., -1:]
+        return threshold.masked_fill(total <= 0, float("inf")), share[..., :1]
+    target = top_p - REACHED
+    position = (share < target).sum(-1, keepdim=True).clamp(max=weights.shape[-1] - 1)
+    threshold = ordered.gather(-1, position)
+    nothing = total - held <= 0
+    if top_p > 0:
+        start = held / total
+        nothing = nothing | ((start >= target) & (held > 0))
+    threshold = threshold.masked_fill(nothing, float("inf"))
+    slack = (share - target).abs().amin(-1, keepdim=True)
+    if top_p > 0:
+        slack = torch.minimum(
+            slack, torch.where(held > 0, (held / total - target).abs(), torch.ones_like(total))
+        )
+    return threshold, slack

@@ -1,0 +1,31 @@
+"""Maskers: one file per method, config and algorithm together."""
+
+from sah_transformers.maskers.base import Masker, MaskerConfig
+from sah_transformers.maskers.causal import CausalMasker, CausalMaskerConfig
+from sah_transformers.maskers.local import LocalMasker, LocalMaskerConfig
+from sah_transformers.maskers.oracle_top_k import OracleTopK, OracleTopKConfig
+from sah_transformers.maskers.oracle_top_p import OracleTopPMasker, OracleTopPMaskerConfig
+from sah_transformers.maskers.registry import MaskerRegistry
+from sah_transformers.maskers.sink import SinkMasker, SinkMaskerConfig
+from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
+from sah_transformers.maskers.top_p import TopPMasker, TopPMaskerConfig
+
+__all__ = [
+    "CausalMasker",
+    "CausalMaskerConfig",
+    "LocalMasker",
+    "LocalMaskerConfig",
+    "Masker",
+    "MaskerConfig",
+    "MaskerRegistry",
+    "OracleTopK",
+    "OracleTopKConfig",
+    "OracleTopPMasker",
+    "OracleTopPMaskerConfig",
+    "SinkMasker",
+    "SinkMaskerConfig",
+    "TopKMasker",
+    "TopKMaskerConfig",
+    "TopPMasker",
+    "TopPMaskerConfig",
+]

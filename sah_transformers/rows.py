@@ -1,0 +1,190 @@
+"""A block of rows: what a masker may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+SCORE_EPS = 1e-5
+"""Float32 scores closer than this share of the score scale may be ordered wrongly by a matrix product."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a masker's ``score`` and ``append`` may know besides the tensors.
+
+    Attributes:
+        layer_idx: index of the attention layer.
+        scaling: factor on q·k.
+        softcap: the model's cap on the scaled scores, or None.
+        head_offset: global number of the first local query head (tensor parallel).
+        positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
+        side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
+    """
+
+    layer_idx: int = 0
+    scaling: float = 1.0
+    softcap: float | None = None
+    head_offset: int = 0
+    positions: torch.Tensor | None = None
+    side: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """Query rows ``[B, H, q, D]`` with the keys in their reach and what is visible of them.
+
+    Attributes:
+        queries: ``[B, H, q, D]``.
+        keys, values: ``[B, G, K, D]`` and ``[B, G, K, Dv]``.
+        visible: bool ``[B|1, 1|H, q, K]``, or None where every row sees every key.
+        bias: additive part of the attention mask ``[B|1, 1|H, q, K]``, or None.
+        prefix: every row sees exactly its first ``n`` keys (no padding).
+        context: layer, scaling, positions, side data.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    visible: torch.Tensor | None
+    bias: torch.Tensor | None
+    prefix: bool
+    context: Context
+    _cache: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, q, K)."""
+        return (*self.queries.shape[:3], self.keys.shape[2])
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """``n``, the visible keys of each row: int64 ``[B|1, 1|H, q|1, 1]``."""
+        if "counts" not in self._cache:
+            if self.visible is None:
+                count = torch.full((1, 1, 1, 1), self.keys.shape[2], device=self.keys.device)
+            else:
+                count = self.visible.sum(-1, keepdim=True)
+            self._cache["counts"] = count
+        return self._cache["counts"]
+
+    @property
+    def ranks(self) -> torch.Tensor:
+        """1-based number of each key among the row's visible keys, int32 ``[B|1, 1|H, q|1, K]``.
+
+        Meaningful at visible keys only.
+        """
+        if "ranks" not in self._cache:
+            if self.prefix or self.visible is None:
+                size = self.keys.shape[2]
+                rank = torch.arange(1, size + 1, device=self.keys.device, dtype=torch.int32)[None, None, None]
+            else:
+                rank = self.visible.cumsum(-1, dtype=torch.int32)
+            self._cache["ranks"] = rank
+        return self._cache["ranks"]
+
+    def scores(self) -> torch.Tensor:
+        """Full scores ``softcap(scaling * q·k) + bias``, ``[B, H, q, K]`` in at least float32.
+
+        Values at invisible keys are meaningless.
+        """
+        if "scores" not in self._cache:
+            scores = scores_of(self.queries, self.keys, self.context)
+            self._cache["scores"] = scores if self.bias is None else scores + self.bias
+        return self._cache["scores"]
+
+    def score_error(self) -> torch.Tensor:
+        """Bound on the rounding error of each row's ``scores()``, ``[B, H, q, 1]``.
+
+        A float32 dot product of D terms errs by a few times ``sqrt(D)`` roundings of ``|q| |k|``.
+        """
+        if "score_error" not in self._cache:
+            query = torch.linalg.vector_norm(self.queries, dim=-1, keepdim=True, dtype=torch.float32)
+            key = torch.linalg.vector_norm(self.keys, dim=-1, dtype=torch.float32).amax(-1)  # [B, G]
+            scale = query * key.repeat_interleave(self.group_size, dim=1)[:, :, None, None]
+            error = 4 * self.queries.shape[-1] ** 0.5 * 2**-24 * abs(self.context.scaling) * scale
+            if self.context.softcap is not None:
+                error = error + 2**-21 * self.context.softcap
+            if self.bias is not None:
+                error = error + 2**-22 * self.bias.abs().amax(-1, keepdim=True)
+            self._cache["score_error"] = error
+        return self._cache["score_error"]
+
+    def candidates(self, active: torch.Tensor | None) -> torch.Tensor | None:
+        """Visible keys that are not yet active, bool ``[B|1, H|1, q, K]``; None = all keys."""
+        if active is None:
+            return self.visible
+        return ~active if self.visible is None else self.visible & ~active
+
+    def group_visible(self) -> torch.Tensor | None:
+        """Keys that some head of the group sees, bool ``[B|1, 1|G, q, K]``; None = all keys."""
+        if self.visible is None or self.visible.shape[1] == 1:
+            return self.visible
+        return by_group(self.visible, self.keys.shape[1]).any(dim=2)
+
+    def exact(self, batch: int, group: int, index: torch.Tensor) -> Rows:
+        """The rows ``index`` of one KV group in float64, for cuts that float32 cannot decide."""
+        heads = slice(group * self.group_size, (group + 1) * self.group_size)
+
+        def rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            one = tensor[batch if tensor.shape[0] > 1 else 0]
+            one = one[heads] if one.shape[0] > 1 or self.queries.shape[1] == 1 else one
+            return (one[:, index] if one.shape[1] > 1 or self.queries.shape[2] == 1 else one)[None]
+
+        def side_of(tensor: torch.Tensor) -> torch.Tensor:
+            per_group = tensor.shape[1] == self.keys.shape[1]
+            part = slice(group, group + 1) if per_group else heads
+            return tensor[batch : batch + 1, part]
+
+        bias = rows_of(self.bias)
+        positions = self.context.positions
+        context = replace(
+            self.context,
+            positions=None if positions is None else positions[batch : batch + 1],
+            side={name: side_of(tensor) for name, tensor in self.context.side.items()},
+            head_offset=self.context.head_offset + heads.start,
+        )
+        return Rows(
+            queries=self.queries[batch : batch + 1, heads][:, :, index].double(),
+            keys=self.keys[batch : batch + 1, group : group + 1].double(),
+            values=self.values[batch : batch + 1, group : group + 1],
+            visible=rows_of(self.visible),
+            bias=None if bias is None else bias.double(),
+            prefix=self.prefix,
+            context=context,
+        )
+
+
+def by_group(per_head: torch.Tensor, groups: int) -> torch.Tensor:
+    """View ``[B, H, ...]`` as ``[B, G, H//G, ...]``."""
+    return per_head.unflatten(1, (groups, per_head.shape[1] // groups))
+
+
+def dot(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q·k of every head with the keys of its KV head, in at least float32, without repeating KV heads.
+
+    Args:
+        queries: ``[B, H, q, D]``; keys: ``[B, G, K, D]``.
+
+    Returns:
+        ``[B, H, q, K]``.
+    """
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    batch, heads, rows, dim = queries.shape
+    groups = keys.shape[1]
+    folded = queries.reshape(batch, groups, heads // groups * rows, dim).to(dtype)
+    return (folded @ keys.to(dtype).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
+
+
+def scores_of(queries: torch.Tensor, keys: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """``softcap(scaling * q·k)``, ``[B, H, q, K]`` in at least float32."""
+    scores = dot(queries, keys).mul_(ctx.scaling)
+    return scores if ctx.softcap is None else ctx.softcap * torch.tanh(scores / ctx.softcap)

@@ -1,0 +1,220 @@
+"""Side data per key: what maskers such as Quest or HashAttention keep about keys they have seen.
+
+Side data belongs to the sequence, never to a masker: a `State` lives beside the cache (`sparse_attention`'s
+``state``) or on the cache's own layers (in a model), follows every operation on the keys, and is caught up by length
+when an operation went past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sah_transformers.rows import Context
+
+if TYPE_CHECKING:
+    from sah_transformers.maskers.base import Masker, MaskerConfig
+
+GROWTH = 1.125
+"""A full buffer grows by an eighth, so that appending a key costs no copy of the others."""
+
+
+class SideBuffer:
+    """One tensor ``[B, heads, length, ...]`` that grows in place along its keys."""
+
+    def __init__(self, first: torch.Tensor):
+        self.storage, self.length = first, first.shape[2]
+
+    def view(self) -> torch.Tensor:
+        """The stored data, ``[B, heads, length, ...]``."""
+        return self.storage[:, :, : self.length]
+
+    def append(self, new: torch.Tensor) -> None:
+        """Add ``new [B, heads, n, ...]`` behind the stored keys."""
+        total = self.length + new.shape[2]
+        if total > self.storage.shape[2]:
+            room = max(total, int(self.storage.shape[2] * GROWTH) + 16)
+            grown = self.storage.new_empty((*self.storage.shape[:2], room, *self.storage.shape[3:]))
+            grown[:, :, : self.length] = self.view()
+            self.storage = grown
+        self.storage[:, :, self.length : total] = new
+        self.length = total
+
+    def crop(self, length: int) -> None:
+        """Forget everything behind the first ``length`` keys."""
+        self.length = min(self.length, length)
+
+    def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the stored data by ``operation`` of it."""
+        self.storage = operation(self.view())
+
+
+class LayerState:
+    """Side data of one attention layer and one batch of sequences, for every masker that keeps any.
+
+    Every method leaves the state usable when it raises.
+    """
+
+    def __init__(self) -> None:
+        self._side: dict[MaskerConfig, dict[str, SideBuffer]] = {}
+        self._lengths: dict[MaskerConfig, int] = {}
+        self._real: SideBuffer | None = None  # bool [B, 1, K]
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences that the side data belong to; None while there are none."""
+        return None if self._real is None else self._real.storage.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Keys that the state has seen."""
+        return 0 if self._real is None else self._real.length
+
+    def side(self, masker: Masker) -> dict[str, torch.Tensor]:
+        """Side data of ``masker``: one tensor ``[B, heads, K, ...]`` per name."""
+        return {name: buffer.view() for name, buffer in self._side.get(masker.config, {}).items()}
+
+    def bytes_per_key(self) -> float:
+        """Stored side data in bytes, per key of one sequence."""
+        views = [b.view() for buffers in self._side.values() for b in buffers.values()]
+        return sum(v.numel() * v.element_size() / max(1, v.shape[0] * v.shape[2]) for v in views)
+
+    def update(
+        self,
+        maskers: Sequence[Masker],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new: int,
+        real: torch.Tensor | None,
+        context: Context,
+    ) -> torch.Tensor:
+        """Bring the side data of ``maskers`` up to ``keys``, of which the last ``new`` came with this call.
+
+        Keys between what the state knows and those are caught up; a state that knows more is cut back first; one
+        of another batch size starts over.
+
+        Args:
+            keys, values: ``[B, G, K, D]``, ``[B, G, K, Dv]``.
+            real: bool ``[B, K]``, keys that are real tokens as far as this call can tell, or None for all.
+
+        Returns:
+            int64 ``[B, K]``: positions among the real tokens, -1 for padding.
+        """
+        batch, total = keys.shape[0], keys.shape[2]
+        if self.batch not in (None, batch):
+            self.reset()
+        self.crop(total - new)
+        start = self.length
+        fresh = torch.ones(batch, total - start, dtype=torch.bool, device=keys.device)
+        if real is not None:
+            fresh = real[:, start:].expand(batch, -1)
+        known = fresh if self._real is None else torch.cat([self._real.view()[:, 0], fresh], dim=1)
+        positions = positions_of(known)
+        appended: list[tuple[Masker, dict[str, torch.Tensor]]] = []
+        with torch.no_grad():
+            for masker in maskers:
+                have = self._lengths.get(masker.config, 0)
+                part = replace(context, positions=positions[:, have:], side={})
+                appended.append((masker, masker.append(keys[:, :, have:], values[:, :, have:], part)))
+        for masker, data in appended:  # nothing is stored before every masker has succeeded
+            have = self._lengths.get(masker.config, 0)
+            for name, tensor in data.items():
+                check_side(masker, name, tensor, keys, total - have)
+        for masker, data in appended:
+            buffers = self._side.setdefault(masker.config, {})
+            for name, tensor in data.items():
+                if name in buffers:
+                    buffers[name].append(tensor)
+                else:
+                    buffers[name] = SideBuffer(tensor)
+            self._lengths[masker.config] = total
+        if self._real is None:
+            self._real = SideBuffer(fresh[:, None].clone())
+        else:
+            self._real.append(fresh[:, None])
+        return positions
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first ``length``."""
+        for buffer in self._buffers():
+            buffer.crop(length)
+        self._lengths = {config: min(have, length) for config, have in self._lengths.items()}
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Take the sequences ``index`` of the batch (beam search, batch selection)."""
+        self._map_batch(lambda t: t[index.to(t.device)])
+
+    def repeat(self, times: int) -> None:
+        """Repeat every sequence ``times`` times, copies next to each other."""
+        self._map_batch(lambda t: t.repeat_interleave(times, dim=0))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the side data."""
+        self._map_batch(lambda t: t.to(device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def _buffers(self) -> list[SideBuffer]:
+        own = [buffer for buffers in self._side.values() for buffer in buffers.values()]
+        return own if self._real is None else [*own, self._real]
+
+    def _map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for buffer in self._buffers():
+            buffer.map_batch(operation)
+
+
+@dataclass
+class State:
+    """Side data between calls of ``sparse_attention`` on one batch of sequences, one ``LayerState`` per layer.
+
+    ``crop``, ``reorder``, ``repeat`` and ``reset`` follow what the caller does to the keys.
+    """
+
+    def __post_init__(self) -> None:
+        self.layers: dict[int, LayerState] = {}
+
+    def layer(self, layer_idx: int) -> LayerState:
+        """The layer's side data, made on first use."""
+        return self.layers.setdefault(layer_idx, LayerState())
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first ``length`` in every layer."""
+        for layer in self.layers.values():
+            layer.crop(length)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Take the sequences ``index`` of the batch in every layer."""
+        for layer in self.layers.values():
+            layer.reorder(index)
+
+    def repeat(self, times: int) -> None:
+        """Repeat every sequence ``times`` times in every layer."""
+        for layer in self.layers.values():
+            layer.repeat(times)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers.clear()
+
+
+def positions_of(real: torch.Tensor) -> torch.Tensor:
+    """Number of each key among its sequence's real tokens: int64 ``[B, K]`` from bool, -1 for padding."""
+    return (real.cumsum(-1) - 1).masked_fill(~real, -1)
+
+
+def check_side(masker: Masker, name: str, tensor: object, keys: torch.Tensor, new: int) -> None:
+    """Raise ``ValueError`` unless side data are a tensor ``[B, G or H, new, ...]``."""
+    if isinstance(tensor, torch.Tensor) and tensor.dim() >= 3:
+        batch, groups = keys.shape[:2]
+        if tensor.shape[0] == batch and tensor.shape[1] % groups == 0 and tensor.shape[2] == new:
+            return
+    got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+    raise ValueError(
+        f"{type(masker).__name__}.append must return {{name: tensor [B, G or H, new keys, ...]}}: {name!r} should "
+        f"start with [{keys.shape[0]}, {keys.shape[1]} or a multiple, {new}], got {got}"
+    )

@@ -1,0 +1,166 @@
+"""Random calls of `sparse_attention` for hypothesis: shapes, masks, dtypes, stacks, data full of ties."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+
+HEADS = [(1, 1), (4, 2), (3, 1), (8, 8), (6, 2)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+BUDGETS = st.sampled_from([1, 2, 3, 5, 16, 100, 1e-4, 0.05, 0.1, 0.29, 0.3, 0.5, 0.9, 1.0])
+TOP_P = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 0.999, 1.0]), st.floats(0.01, 0.9999))
+GQA = st.sampled_from(["head", "group"])
+
+# One strategy of config dicts per registered `type`.
+CONFIGS = {
+    "sink": st.fixed_dictionaries({"type": st.just("sink"), "sink_size": BUDGETS}),
+    "local": st.fixed_dictionaries({"type": st.just("local"), "window_size": BUDGETS}),
+    "causal": st.just({"type": "causal"}),
+    "oracle_top_k": st.fixed_dictionaries(
+        {"type": st.just("oracle_top_k"), "heavy_size": BUDGETS}, optional={"gqa": GQA}
+    ),
+    "oracle_top_p": st.fixed_dictionaries(
+        {"type": st.just("oracle_top_p"), "top_p": TOP_P},
+        optional={"gqa": GQA, "coverage": st.sampled_from(["remaining", "total"])},
+    ),
+}
+ADDING = [kind for kind in CONFIGS if kind != "causal"]  # after `causal` nothing is left to add
+STACKS = st.lists(st.sampled_from([*ADDING * 3, "causal"]).flatmap(CONFIGS.get), max_size=4)
+
+MASKS = [
+    "causal",
+    "none",
+    "left padding",
+    "right padding",
+    "holes",
+    "sliding window",
+    "packed",
+    "static cache",
+    "per head",
+    "additive",
+    "additive biased",
+]
+DATA = [
+    "normal",
+    "normal",
+    "few distinct keys",
+    "small integers",
+    "zero queries",
+    "constant keys",
+    "huge",
+    "tiny",
+]
+KINDS = list(dict.fromkeys(DATA))
+
+
+@dataclass
+class Case:
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    maskers: list
+    options: dict = field(default_factory=dict)  # keyword arguments of sparse_attention
+    label: str = ""
+
+    @property
+    def shape(self):
+        return (*self.queries.shape[:3], self.keys.shape[2])
+
+    def __repr__(self):
+        options = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
+        kv_heads, dtype = self.keys.shape[1], self.queries.dtype
+        return f"Case({self.label}, B,H,Q,K={self.shape}, G={kv_heads}, {dtype}, {self.maskers}, {options})"
+
+
+def tensors(generator, B, H, G, Q, K, D, Dv, dtype, data):
+    """Queries, keys and values of the named kind."""
+    queries, keys, values = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((B, H, Q, D), (B, G, K, D), (B, G, K, Dv))
+    )
+    if data == "few distinct keys":
+        keys = keys[:, :, torch.randint(0, min(K, 4), (K,), generator=generator)]
+    elif data == "small integers":
+        queries, keys = queries.round().clamp(-1, 1), keys.round().clamp(-1, 1)
+    elif data == "zero queries":
+        queries = torch.zeros_like(queries)
+    elif data == "constant keys":
+        keys = keys[:, :, :1].expand_as(keys).clone()
+    elif data in ("huge", "tiny"):
+        factor = {"huge": 300.0, "tiny": 1e-6}[data]
+        queries, keys = queries * factor, keys * factor
+    return queries.to(dtype), keys.to(dtype), values.to(dtype)
+
+
+def causal_order(Q, K):
+    return torch.ones(Q, K, dtype=torch.bool).tril(K - Q)
+
+
+def attention_mask(generator, kind, B, H, Q, K, dtype):
+    """(attention_mask, whether causal order is left to `is_causal`)."""
+    position = torch.arange(K)
+    if kind in ("causal", "none"):
+        return None, kind == "causal"
+    if kind in ("left padding", "right padding", "holes"):
+        real = torch.randint(1, K + 1, (B, 1), generator=generator)
+        if kind == "holes":
+            mask = torch.rand(B, K, generator=generator) < 0.7
+        else:
+            mask = position >= K - real if kind == "left padding" else position < real
+        return (mask if B % 2 else mask.long()), True
+    causal = causal_order(Q, K).expand(B, 1, Q, K)
+    if kind == "sliding window":
+        width = int(torch.randint(1, K + 1, (1,), generator=generator))
+        return causal & ~torch.ones(Q, K, dtype=torch.bool).tril(K - Q - width), False
+    if kind == "packed":
+        document = (torch.rand(B, K, generator=generator) < 0.2).cumsum(-1)
+        own = document[:, max(0, K - Q) :]
+        own = torch.nn.functional.pad(own, (Q - own.shape[1], 0), value=-1)
+        return causal & (own[:, None, :, None] == document[:, None, None, :]), False
+    if kind == "static cache":
+        used = int(torch.randint(1, K + 1, (1,), generator=generator))
+        return torch.nn.functional.pad(causal_order(Q, used), (0, K - used)).expand(B, 1, Q, K).clone(), False
+    if kind == "per head":
+        return torch.rand(B, H, Q, K, generator=generator) < 0.6, False
+    lowest = torch.finfo(dtype).min
+    hidden = torch.full(causal.shape, lowest, dtype=dtype)
+    hidden[torch.rand(causal.shape, generator=generator) < 0.5] = -math.inf
+    visible = torch.zeros(causal.shape, dtype=dtype)
+    if kind == "additive biased":
+        visible = torch.randn(causal.shape, generator=generator).to(dtype)
+        drawn = torch.rand(causal.shape, generator=generator)
+        visible[drawn < 0.1] = -10000.0  # an old style of masking, but a bias here
+        visible[drawn > 0.95] = lowest / 2  # hidden
+    return torch.where(causal, visible, hidden), False
+
+
+@st.composite
+def cases(draw, stacks=STACKS, masks=MASKS, data=DATA, extras=True):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    B, (H, G), Q = draw(st.integers(1, 3)), draw(st.sampled_from(HEADS)), draw(st.sampled_from([1, 2, 5, 17]))
+    K = draw(st.one_of(st.integers(1, 80), st.just(Q), st.integers(1, Q)))
+    D, Dv = draw(st.sampled_from([1, 4, 16, 64])), draw(st.sampled_from([1, 4, 8, 24]))
+    dtype, kind, numbers = (
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(masks)),
+        draw(st.sampled_from(data)),
+    )
+    queries, keys, values = tensors(generator, B, H, G, Q, K, D, Dv, dtype, numbers)
+    mask_dtype = draw(st.sampled_from([dtype, torch.float32]))
+    mask, is_causal = attention_mask(generator, kind, B, H, Q, K, mask_dtype)
+    options = {"attention_mask": mask, "is_causal": is_causal}
+    if mask is not None and not is_causal and draw(st.booleans()):
+        options["is_causal"] = True  # causal order on top of a 4-D mask
+    if extras:
+        options["scaling"] = draw(st.sampled_from([None, None, 1.0, 0.3]))
+        options["softcap"] = draw(st.sampled_from([None, None, 2.0, 30.0]))
+        if draw(st.booleans()):
+            options["sinks"] = torch.randn(H, generator=generator).to(dtype)
+        if draw(st.integers(0, 3)) == 0:
+            shape = (draw(st.sampled_from([1, B])), draw(st.sampled_from([1, H])), Q, K)
+            options["position_bias"] = torch.randn(shape, generator=generator).to(dtype)
+        if draw(st.integers(0, 5)) == 0:
+            listed = torch.randint(-1, K, (B, Q, draw(st.integers(1, 12))), generator=generator)
+            options["indices"] = listed
+    return Case(queries, keys, values, draw(stacks), options, f"{kind}, {numbers}")

@@ -1,0 +1,300 @@
+"""The public API against the loops: the mask is equal, the output is as close as eager PyTorch is."""
+
+import os
+from types import SimpleNamespace
+
+import loops
+import numpy as np
+import pytest
+import torch
+from cases import CONFIGS, DATA, MASKS, STACKS, cases, tensors
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from sah_transformers import Mask, MaskerRegistry, State, sparse_attention
+
+EXAMPLES = int(os.environ.get("SAH_EXAMPLES", 1))  # multiplies the number of random cases
+
+
+def examples(count):
+    return settings(
+        max_examples=count * EXAMPLES,
+        deadline=None,
+        derandomize=EXAMPLES == 1,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+rows = {"seen": 0, "unsure": 0}
+
+
+def check_mask(mask, truth, case):
+    """Equal weights in every row whose selection float64 rounding cannot change."""
+    dense = mask.get_dense_mask()
+    assert tuple(dense.shape) == truth.weights.shape
+    sure = truth.sure
+    rows["seen"] += sure.size
+    rows["unsure"] += int((~sure).sum())
+    if not sure.all():
+        event("a row on a razor's edge")
+    ours = loops.array(dense)
+    wrong = sorted(
+        {tuple(map(int, at[:3])) for at in np.argwhere(ours != truth.weights) if sure[tuple(at[:3])]}
+    )
+    if wrong:
+        b, h, i = wrong[0]
+        row = slice(None) if truth.score.shape[-1] <= 40 else truth.visible[b, h, i]
+        raise AssertionError(
+            f"{len(wrong)} rows differ in {case}; first {wrong[0]}:\nours   {ours[b, h, i][row]}\n"
+            f"truth  {truth.weights[b, h, i][row]}\nseen   {truth.visible[b, h, i][row].astype(int)}\n"
+            f"scores {truth.score[b, h, i][row]}"
+        )
+
+
+def eager(case, truth, dtype):
+    """The usual eager attention of Transformers in `dtype` under the selection of `truth`."""
+    o = SimpleNamespace(
+        **{"softcap": None, "sinks": None, "scaling": None, "position_bias": None, **case.options}
+    )
+    B, H, Q, D = case.queries.shape
+    repeats = H // case.keys.shape[1]
+    q = case.queries.to(dtype)
+    k, v = (x.to(dtype).repeat_interleave(repeats, dim=1) for x in (case.keys, case.values))
+    logits = (q @ k.transpose(-1, -2)) * (D**-0.5 if o.scaling is None else o.scaling)
+    if o.softcap is not None:
+        logits = o.softcap * torch.tanh(logits / o.softcap)
+    if o.attention_mask is not None and o.attention_mask.dim() == 4 and o.attention_mask.dtype != torch.bool:
+        logits = logits + o.attention_mask.to(dtype)
+    if o.position_bias is not None:
+        logits = logits + o.position_bias.to(dtype)
+    weights = torch.from_numpy(truth.weights * truth.visible)
+    logits = (logits - weights.log().to(dtype)).masked_fill(weights == 0, -torch.inf)
+    if o.sinks is not None:
+        logits = torch.cat([logits, o.sinks.to(dtype).reshape(1, H, 1, 1).expand(B, H, Q, 1)], dim=-1)
+    p = logits.softmax(dim=-1, dtype=torch.float32).to(dtype)[..., : k.shape[2]]
+    p = p.masked_fill(weights.sum(-1, keepdim=True) == 0, 0.0)
+    return (p @ v).transpose(1, 2)
+
+
+def check_output(out, truth, case):
+    """At most twice (the error of eager PyTorch in the same dtype + one rounding), measured against float64."""
+    dtype = case.queries.dtype
+    assert out.dtype == dtype
+    assert tuple(out.shape) == truth.out.shape
+    assert torch.isfinite(out).all()
+    sure = truth.sure.transpose(0, 2, 1)
+    if not sure.any():
+        return
+
+    def error(other):
+        return np.abs(loops.array(other) - truth.out)[sure].max()
+
+    usual = error(eager(case, truth, dtype))
+    if not np.isfinite(usual):  # float16 scores overflow in eager
+        usual = error(eager(case, truth, torch.float32))
+    # Few numbers can be right by luck: eager's error is at least that of one rounding of the float32 scores.
+    scores = np.abs(truth.score[truth.weights > 0]).max(initial=0.0)
+    usual = max(usual, 2.0**-24 * (scores + 8) * float(case.values.abs().max()))
+    rounding = max(torch.finfo(dtype).eps, 2.0**-23) * np.abs(truth.out).max()
+    assert error(out) <= 2 * (usual + rounding), f"{error(out)} > 2 * ({usual} + {rounding}) in {case}"
+
+
+def check(case, previous=None, kernel="reference"):
+    mask = None if previous is None else as_mask(previous)
+    out, mask = sparse_attention(
+        case.queries,
+        case.keys,
+        case.values,
+        case.maskers,
+        previous_mask=mask,
+        kernel=kernel,
+        return_mask=True,
+        **case.options,
+    )
+    truth = loops.sparse_attention(
+        case.queries, case.keys, case.values, case.maskers, previous_mask=previous, **case.options
+    )
+    check_mask(mask, truth, case)
+    check_output(out, truth, case)
+    return truth
+
+
+def as_mask(dense):
+    return Mask.create_mask_from_dense_mask(tuple(dense.shape), dense, dtype=torch.float32)
+
+
+def sampled_weights(generator, visible, share):
+    """Weights of a sampling masker that came earlier: some visible keys with probabilities in (0, 1]."""
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.003])
+    drawn = weights[torch.randint(0, 5, visible.shape, generator=generator)]
+    kept = torch.rand(visible.shape, generator=generator) < share
+    return drawn * kept * torch.from_numpy(visible)
+
+
+def registered():
+    """The package's own maskers by `type` (users' and other tests' maskers are not its business)."""
+    return sorted(MaskerRegistry.types())
+
+
+@examples(400)
+@given(cases())
+def test_stacks_equal_the_loops(case):
+    check(case)
+
+
+@pytest.mark.parametrize("data", list(dict.fromkeys(DATA)))
+@examples(25)
+@given(st.data())
+def test_every_kind_of_data(data, draw):
+    check(draw.draw(cases(data=[data])))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@examples(25)
+@given(st.data())
+def test_every_kind_of_mask(mask, draw):
+    check(draw.draw(cases(masks=[mask])))
+
+
+@examples(80)
+@given(cases(), st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 0.95]))
+def test_earlier_weights_stay_and_divide_the_output(case, seed, share):
+    if not case.maskers:
+        case.maskers = [{"type": "sink", "sink_size": 1}]
+    mask, is_causal = case.options["attention_mask"], case.options["is_causal"]
+    visible, _ = loops.visibility(case.shape, mask, is_causal, case.options.get("indices"))
+    check(case, sampled_weights(torch.Generator().manual_seed(seed), visible, share))
+
+
+@pytest.mark.parametrize("kind", registered())
+def test_every_registered_masker_has_a_loop(kind):
+    assert kind in loops.LOOPS, f"write a loop for {kind!r} in tests/loops.py"
+    assert kind in CONFIGS, f"write a strategy for {kind!r} in tests/cases.py"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in registered() if kind in CONFIGS])
+@examples(50)
+@given(st.data())
+def test_add_mask_equals_the_loops(kind, data):
+    case = data.draw(cases(stacks=CONFIGS[kind].map(lambda c: [c]), extras=False))
+    scaling = data.draw(st.sampled_from([case.queries.shape[-1] ** -0.5, 1.0]))
+    mask, is_causal = case.options["attention_mask"], case.options["is_causal"]
+    visible, _ = loops.visibility(case.shape, mask, is_causal)
+    share = data.draw(st.sampled_from([0.0, 0.3]))
+    previous = sampled_weights(torch.Generator().manual_seed(0), visible, share)
+    earlier = as_mask(previous)
+    config = MaskerRegistry.config_class(kind)(**{k: v for k, v in case.maskers[0].items() if k != "type"})
+    result = MaskerRegistry.create_masker(config).add_mask(
+        keys=case.keys,
+        queries=case.queries,
+        values=case.values,
+        attention_mask=mask,
+        scaling=scaling,
+        dropout=0.0,
+        sparse_meta_data={},
+        previous_mask=earlier,
+        **({"is_causal": True} if is_causal else {}),
+    )
+    truth = loops.sparse_attention(
+        case.queries,
+        case.keys,
+        case.values,
+        case.maskers,
+        attention_mask=mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        previous_mask=previous,
+    )
+    check_mask(result, truth, case)
+    assert torch.equal(earlier.get_dense_mask(), previous), "the previous mask was changed in place"
+
+
+def test_many_rows_at_once():
+    """Longer than any block of queries that the reference takes at a time."""
+    generator = torch.Generator().manual_seed(0)
+    B, H, G, Q, K = 1, 2, 1, 700, 700
+    case = SimpleNamespace(shape=(B, H, Q, K), label="long", options={"attention_mask": None})
+    case.queries, case.keys, case.values = tensors(generator, B, H, G, Q, K, 8, 4, torch.float32, "normal")
+    case.maskers = [
+        {"type": "sink", "sink_size": 2},
+        {"type": "local", "window_size": 0.01},
+        {"type": "oracle_top_k", "heavy_size": 0.05},
+        {"type": "oracle_top_p", "top_p": 0.3, "gqa": "group"},
+    ]
+    check(case)
+
+
+def giants(dtype):
+    """Scores beyond float32: +-inf once rounded, so equal; the sign alone decides."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = tensors(generator, 2, 4, 2, 5, 24, 4, 3, torch.float64, "small integers")
+    return (q * 1e25).to(dtype), (k * 1e25).to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_beyond_float32_still_select_and_stay_finite(dtype):
+    q, k, v = giants(dtype)
+    for size in (1, 3, 0.5, 1.0):
+        stack = [{"type": "sink", "sink_size": 1}, {"type": "oracle_top_k", "heavy_size": size}]
+        out, mask = sparse_attention(q, k, v, stack, kernel="reference")
+        truth = loops.sparse_attention(q, k, v, stack)
+        check_mask(mask, truth, stack)
+        assert torch.isfinite(out).all()
+        assert out.abs().max() <= v.abs().max() * 1.01
+    for stack in (
+        [{"type": "oracle_top_p", "top_p": 0.9}],
+        [{"type": "oracle_top_k", "heavy_size": 3, "gqa": "group"}],
+    ):
+        out, mask = sparse_attention(q, k, v, stack, kernel="reference")
+        assert torch.isfinite(out).all()
+        assert (mask.get_dense_mask().sum(-1) > 0).all()
+
+
+def test_biases_beyond_float32_are_visible():
+    """A float64 mask hides from half *its* minimum: -1e300 is a bias, and the row's keys stay in the count."""
+    q, k, v = tensors(torch.Generator().manual_seed(2), 1, 2, 1, 3, 10, 4, 4, torch.float32, "normal")
+    mask = torch.zeros(1, 1, 3, 10, dtype=torch.float64)
+    mask[..., :8] = -1e300
+    mask[:, :, 2] = -1e300
+    for stack in ([{"type": "oracle_top_k", "heavy_size": 0.5}], [{"type": "sink", "sink_size": 0.5}], []):
+        out, result = sparse_attention(
+            q, k, v, stack, attention_mask=mask, is_causal=False, kernel="reference"
+        )
+        truth = loops.sparse_attention(q, k, v, stack, attention_mask=mask, is_causal=False)
+        check_mask(result, truth, stack)
+        assert torch.isfinite(out).all()
+
+
+@examples(40)
+@given(cases(stacks=st.just([])))
+def test_an_empty_stack_is_dense_attention(case):
+    truth = check(case)
+    assert (truth.weights == truth.visible).all()
+
+
+@examples(25)
+@given(cases())
+def test_auto_state_and_masker_objects_change_nothing(case):
+    maskers = [dict(c) for c in case.maskers]
+    _, first = sparse_attention(
+        case.queries, case.keys, case.values, maskers, kernel="reference", **case.options
+    )
+    configs = []
+    for c in maskers:
+        fields = {k: v for k, v in c.items() if k != "type"}
+        configs.append(MaskerRegistry.config_class(c["type"])(**fields))
+    objects = [MaskerRegistry.create_masker(c) for c in configs]
+    for stack, extra in ((configs, {"state": State()}), (objects, {"kernel": "auto"})):
+        out, mask = sparse_attention(case.queries, case.keys, case.values, stack, **extra, **case.options)
+        assert torch.equal(mask.get_dense_mask(), first.get_dense_mask())
+        alone = sparse_attention(
+            case.queries, case.keys, case.values, stack, return_mask=False, **extra, **case.options
+        )
+        assert torch.equal(alone, out)
+
+
+def test_hardly_any_row_was_on_a_razors_edge():
+    """Runs last: leaving rows out must stay the exception that it claims to be."""
+    assert rows["unsure"] <= 1e-3 * rows["seen"], rows
+    print(rows)
