@@ -1,5 +1,68 @@
+"""Sparse attention for Hugging Face Transformers.
+
+Importing the package registers the attention ``"sah"`` and teaches ``from_pretrained`` the keyword
+``sparse_attention``.
+"""
+
 from sah_transformers.attention import sparse_attention
+from sah_transformers.config import SparseAttentionConfig
+from sah_transformers.integration import LayerSupport, Support, disable, enable, install, supported
 from sah_transformers.kernels.select import top_p_thresholds
 from sah_transformers.mask import Mask
-from sah_transformers.maskers import *  # noqa: F403
+from sah_transformers.maskers import (
+    CausalMasker,
+    CausalMaskerConfig,
+    LocalMasker,
+    LocalMaskerConfig,
+    Masker,
+    MaskerConfig,
+    MaskerRegistry,
+    OracleTopK,
+    OracleTopKConfig,
+    OracleTopPMasker,
+    OracleTopPMaskerConfig,
+    SinkMasker,
+    SinkMaskerConfig,
+    TopKMasker,
+    TopKMaskerConfig,
+    TopPMasker,
+    TopPMaskerConfig,
+)
+from sah_transformers.rows import Context, Rows
 from sah_transformers.state import State
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CausalMasker",
+    "CausalMaskerConfig",
+    "Context",
+    "LayerSupport",
+    "LocalMasker",
+    "LocalMaskerConfig",
+    "Mask",
+    "Masker",
+    "MaskerConfig",
+    "MaskerRegistry",
+    "OracleTopK",
+    "OracleTopKConfig",
+    "OracleTopPMasker",
+    "OracleTopPMaskerConfig",
+    "Rows",
+    "SinkMasker",
+    "SinkMaskerConfig",
+    "SparseAttentionConfig",
+    "State",
+    "Support",
+    "TopKMasker",
+    "TopKMaskerConfig",
+    "TopPMasker",
+    "TopPMaskerConfig",
+    "disable",
+    "enable",
+    "sparse_attention",
+    "supported",
+    "top_p_thresholds",
+]
+
+install()

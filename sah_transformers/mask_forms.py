@@ -187,11 +187,8 @@ class IndexForm(Form):
                 torch.ones_like(i, dtype=self.dtype) if w is None else w.to(self.dtype)
                 for i, w in ((self.indices, self.data), (more, more_data))
             ]
-            data = (
-                torch.zeros_like(indices, dtype=self.dtype)
-                .index_add_(0, entry, torch.cat(both))
-                .clamp_(max=1)
-            )
+            data = torch.zeros_like(indices, dtype=self.dtype).index_add_(0, entry, torch.cat(both))
+            data = data.clamp_(max=1)
         return replace(self, indices=indices, ptr=torch.searchsorted(indices, starts), data=data)
 
 

@@ -43,15 +43,15 @@ MASKS = [
 ]
 DATA = [
     "normal",
-    "normal",
     "few distinct keys",
+    "near ties",
+    "cancelling",
     "small integers",
     "zero queries",
     "constant keys",
     "huge",
     "tiny",
 ]
-KINDS = list(dict.fromkeys(DATA))
 
 
 @dataclass
@@ -81,6 +81,15 @@ def tensors(generator, B, H, G, Q, K, D, Dv, dtype, data):
     )
     if data == "few distinct keys":
         keys = keys[:, :, torch.randint(0, min(K, 4), (K,), generator=generator)]
+    elif data == "near ties":  # scores differ by about one rounding of a float32 dot product
+        keys = keys[:, :, :1] + torch.randn(keys.shape, generator=generator, dtype=torch.float64) * 3e-7
+    elif data == "cancelling":  # small scores out of large products
+        queries, keys = queries.clone(), keys.clone()
+        if D > 1:
+            queries[..., D // 2 :] = queries[..., : D // 2]
+            keys = keys * 1e3
+            noise = torch.randn(keys[..., : D // 2].shape, generator=generator, dtype=torch.float64)
+            keys[..., D // 2 :] = noise * 1e-2 - keys[..., : D // 2]
     elif data == "small integers":
         queries, keys = queries.round().clamp(-1, 1), keys.round().clamp(-1, 1)
     elif data == "zero queries":

@@ -83,10 +83,12 @@ def scores(queries, keys, visible, biases, scaling=None, softcap=None):
     for b, h, i, j in np.argwhere(visible):
         g = h // (H // G)
         products = q[b, h, i] * k[b, g, j]
-        x, wrong = scaling * float(products.sum()), 0.0
-        if not is_exact(products, q_bits[b, h, i] + k_bits[b, g, j]) or math.frexp(scaling)[0] != 0.5:
-            wrong += (D + 3) * ULP * abs(scaling) * float(np.abs(products).sum())
+        x = scaling * float(products.sum())
+        wrong = 0.0 if math.frexp(scaling)[0] == 0.5 else ULP * abs(x)
+        if not is_exact(products, q_bits[b, h, i] + k_bits[b, g, j]):
+            wrong += (D + 2) * ULP * abs(scaling) * float(np.abs(products).sum())
         if softcap is not None:
+            wrong *= 1 - math.tanh(max(abs(x) - wrong, 0) / softcap) ** 2  # the steepest slope nearby
             x = softcap * math.tanh(x / softcap)
             wrong += 6 * ULP * abs(x)
         terms = np.array([x, *(bias[b, h, i, j] for bias in biases)])
@@ -242,6 +244,8 @@ def reach(candidates: list[int], x: Estimate, held: float, top_p: float):
     if top_p == 1.0 or not candidates:
         return candidates, True
     total = held + math.fsum(x.value[j] for j in candidates)
+    if total == 0:  # all underflow to 0 (beside a key that is already active): all tie at the threshold
+        return candidates, True
     doubt = SHARE_EDGE + math.fsum(x.high[j] - x.low[j] for j in candidates) / total
     wanted = top_p - SHARE_SLACK
     if top_p > 0 and held / total >= wanted:

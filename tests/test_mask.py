@@ -393,6 +393,8 @@ def test_index_forms_stay_linear_in_their_entries():
     assert not merged.is_full_mask()
     even = (torch.arange(2**10) % 2 == 0)[:, None]
     assert merged.get_density(visible=even) == 2 / n
+    lists = b.merge_mask(b)
+    assert lists.get_density() == b.get_density()
     indices, ptr, data = merged.get_index_mask()
     assert indices[:3].tolist() == [0, n - 1, n]
     assert ptr.tolist() == list(range(0, 2**11 + 1, 2))
@@ -429,6 +431,20 @@ def test_boolean_merge_stays_boolean():
     assert a.tolist() == [True, False, False]
 
 
+def test_dense_weights_without_fractions_are_kept_as_bool():
+    for weights in (torch.tensor([True, False]), torch.tensor([1, 0])):
+        form = Mask.create_mask_from_dense_mask((2,), weights).form
+        assert isinstance(form, DenseForm)
+        assert form.unit
+        assert form.tensor.tolist() == [True, False]
+
+
+def test_devices_that_are_the_same_by_another_name():
+    mask = Mask.create_full_mask((2,), device="cpu:0")
+    assert mask.device == torch.zeros(1, device="cpu:0").device
+    assert mask.merge_mask(Mask.from_dense_unchecked(torch.zeros(2, device="cpu:0"))).is_full_mask()
+
+
 def test_inplace_leaves_tensors_handed_out_before():
     boolean = torch.tensor([True, False])
     mask = Mask.from_dense_unchecked(boolean)
@@ -447,12 +463,13 @@ def test_trusted_path_never_waits_for_the_device():
         Mask.from_dense_unchecked(torch.zeros(shape, device=meta)),
         Mask(RowWiseForm(shape, torch.float32, meta, idx, None)),
         Mask(RowWiseForm(shape, torch.float32, meta, idx, torch.zeros(1, 2, 3, 4, device=meta))),
+        Mask(IndexForm(shape, torch.float32, meta, idx.flatten(), idx.flatten()[:7], None)),
         Mask(FullForm(shape, torch.float32, meta)),
         Mask.create_empty_mask(shape, device="meta"),
     ]
     for a in trusted:
         assert a.active().shape == a.get_dense_mask().shape == shape
-        for b in trusted[:2] + trusted[4:]:
+        for b in trusted[:2] + trusted[5:]:
             assert a.merge_mask(b).active().shape == shape
             assert b.merge_mask(a).active().shape == shape
 

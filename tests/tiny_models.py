@@ -32,7 +32,7 @@ SIZES = {
     **dict.fromkeys(["head_dim", "attention_head_dim", "swa_head_dim", "kv_channels", "d_head", "dim_head"], 16),
     # Latent attention: K and V of different widths.
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
-    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
+    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 6,
     **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
                      "original_max_position_embeddings", "max_target_positions"], MAX_POSITIONS),
     **dict.fromkeys(["sliding_window", "sliding_window_size", "attention_window_size", "window_size"], WINDOW),
@@ -78,6 +78,12 @@ SPECIAL: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0],
     },
+    "Gemma4ForCausalLM": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "global_head_dim": 24},
+    "Gemma4UnifiedForCausalLM": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "global_head_dim": 24},
+    "Gemma4ForConditionalGeneration": {"text_config": {"global_head_dim": 24}},
+    "Gemma4UnifiedForConditionalGeneration": {"text_config": {"global_head_dim": 24}},
+    "MusicgenForCausalLM": {"num_codebooks": 1},
+    "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     # Sizes that must agree with each other.
     "CohereCompassForCausalLM": {
@@ -101,18 +107,19 @@ SPECIAL: dict[str, dict] = {
         "shape_vocab_size": 32,
         "shape_embed_dim": 8,
     },
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},
     "XLMWithLMHeadModel": {"emb_dim": HIDDEN, "causal": True},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "CsmDepthDecoderForCausalLM": {"num_codebooks": 32, "backbone_hidden_size": HIDDEN},
     "GitForCausalLM": {"vision_config": SMALL_VISION},
     "Phi4MultimodalForCausalLM": {"vision_config": SMALL_VISION | {"crop_size": 16}, "audio_config": {"num_blocks": 2, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8}},
-    "BltForCausalLM": {"vocab_size": 260, "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 8, "patcher_config": {"vocab_size": 260}, "encoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN}, "decoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN}},
+    "BltForCausalLM": {"num_hidden_layers": 2, "vocab_size": 260, "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 8, "patcher_config": {"vocab_size": 260}, "encoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN}, "decoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN}},
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": KV_HEADS, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
     "LongcatFlashForCausalLM": {"num_layers": 2, "num_hidden_layers": 4, "zero_expert_num": 2, **MLA_HEAD},
     "Qwen4ExpForCausalLM": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_vocab_size_base": 64, "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 2, "hc_lowrank": 8},
-    "Dots3NoteForCausalLM": {"per_layer_config": {}, "sliding_window": WINDOW},
-    "Gemma4AssistantForCausalLM": {"base": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}, "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}, "backbone_hidden_size": HIDDEN},
-    "Gemma4UnifiedAssistantForCausalLM": {"text_config": {"num_kv_shared_layers": 2}, "backbone_hidden_size": HIDDEN},
+    "Dots3NoteForCausalLM": {"num_hidden_layers": 3, "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "mlp_layer_types": ["dense", "sparse", "sparse"], "sliding_window": WINDOW, "head_dim": 16, "per_layer_config": {1: {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "head_dim": 24}}},
+    "Gemma4AssistantForCausalLM": {"base": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}, "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}, "backbone_hidden_size": HIDDEN},
+    "Gemma4UnifiedAssistantForCausalLM": {"backbone_hidden_size": HIDDEN},
 }
 
 

@@ -60,7 +60,7 @@ class TopPMasker(ScoredMasker):
             mass = shown.softmax(-1).nan_to_num(nan=0.0)
         held = None
         if total and active is not None:
-            others = ~candidates if visible is None else visible & ~candidates
+            others = ~candidates if visible is None else visible & ~candidates  # type: ignore[operator]
             held = mass.masked_fill(~others, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
         margin = None if error is None else 2 * error + 1e-6
         return select_top_p(mass, candidates, self.config.top_p, held, margin)

@@ -1,0 +1,6 @@
+"""How Transformers meets the attention ``"sah"``. The only files of the package that import ``transformers``."""
+
+from sah_transformers.integration.loading import install
+from sah_transformers.integration.models import LayerSupport, Support, disable, enable, supported
+
+__all__ = ["LayerSupport", "Support", "disable", "enable", "install", "supported"]

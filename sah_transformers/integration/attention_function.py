@@ -1,0 +1,206 @@
+"""The attention function and the mask function that Transformers calls under the name ``"sah"``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import logging
+
+from sah_transformers.attention import Call, check_shapes, make_call, run
+from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
+from sah_transformers.integration.plan import LayerPlan, plan_of
+from sah_transformers.kernels.dense_attention import dense_attention
+from sah_transformers.maskers import Masker
+
+logger = logging.get_logger(__name__)
+
+LONG_PREFILL = 16_384
+"""A sparse prefill of more keys than this, on a path without a kernel, is announced with an estimate."""
+
+
+def sah_mask(
+    *, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, config: Any = None, **kwargs: Any
+) -> Any:
+    """The mask that ``sah_attention`` gets: boolean, or None only where plain causal order is meant.
+
+    Transformers would also skip the mask of a static cache's prefill, where None means upper-left order.
+    """
+    if getattr(config, "model_type", None) == "deepseek_v4":  # adds float biases to the mask
+        return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
+    if q_length not in (1, kv_length):
+        allow_is_causal_skip = False
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        allow_is_causal_skip=allow_is_causal_skip,
+        config=config,
+        **kwargs,
+    )
+
+
+def sah_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    sah_cache: Any = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one layer, sparse or dense as the module's plan says.
+
+    Args:
+        module: the attention module; its config holds ``sparse_attention``.
+        query, key, value: ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``, the cache included.
+        attention_mask: boolean or additive ``[B|1, 1|H, Q, K]``; None = lower-right causal order.
+        sah_cache: the cache, injected by the module's hook; None = side data are not kept.
+        output_attentions: also return the weights.
+
+    Returns:
+        (out ``[B, Q, H, Dv]``, weights ``[B, H, Q, K]`` or None).
+
+    Raises:
+        ValueError: for what cannot be applied exactly (``block_indices``, paged caches).
+    """
+    if block_indices is not None:
+        raise ValueError(
+            f"{type(module).__name__} selects blocks of keys itself (block_indices); 'sah' does not support it"
+        )
+    if "block_table" in kwargs or "read_index" in kwargs:
+        raise ValueError("continuous batching (a paged cache) is not supported by the attention 'sah'")
+    plan = plan_of(module)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(query.dtype)  # added to the scores, as eager attention does
+    arguments = {
+        "attention_mask": attention_mask,
+        "is_causal": bool(causal) and attention_mask is None,
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sinks": s_aux if sinks is None else sinks,
+        "position_bias": position_bias,
+        "indices": indices,
+        "dropout": dropout if module.training else 0.0,
+    }
+    recorder = module.__dict__.get("_sah_recorder")
+    if is_causal is False or (plan.dense and recorder is None):
+        return attend_dense(query, key, value, arguments, bool(output_attentions))
+    try:
+        return attend_planned(
+            module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder
+        )
+    except Exception:
+        undo(sah_cache, key.shape[2], query.shape[2])
+        raise
+
+
+def attend_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any], weights: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention, by SDPA where that is exact."""
+    beyond = ("softcap", "sinks", "position_bias", "indices")
+    if weights or any(arguments[name] is not None for name in beyond):
+        return run(make_call(query, key, value, [], **arguments), return_weights=weights)
+    plain = {name: value for name, value in arguments.items() if name not in beyond}
+    return dense_attention(query, key, value, **plain), None
+
+
+@torch.compiler.disable(recursive=True)
+def attend_planned(
+    module: torch.nn.Module,
+    plan: LayerPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: dict[str, Any],
+    cache: Any,
+    weights: bool,
+    recorder: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a layer whose plan is not simply dense."""
+    check_shapes(query, key, value)
+    rows = query.shape[2]
+    layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
+    static = layer is not None and is_static(layer)
+    stateful = any(masker.needs_state for masker in plan.maskers)
+    prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
+    if static and (stateful or prompt or key.device.type == "cpu"):
+        filled = int(layer.cumulative_length)
+        key, value = key[:, :, :filled], value[:, :, :filled]
+        if arguments["attention_mask"] is not None:
+            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
+        static = False
+    empty_before = not static and key.shape[2] == rows
+    stack = () if plan.dense else plan.stack(empty_before, rows)
+    if not stack or key.shape[2] < plan.min_keys:
+        start = time.perf_counter()
+        out = attend_dense(query, key, value, arguments, weights)
+        if recorder is not None:
+            recorder.dense(module, query, key, time.perf_counter() - start)
+        return out
+    state = None
+    if layer is not None and not getattr(layer, "is_sliding", False) and any(m.needs_state for m in stack):
+        state = state_of(layer)
+
+    def call() -> Call:
+        return make_call(
+            query,
+            key,
+            value,
+            stack,
+            layer_idx=module.layer_idx,
+            min_keys=plan.min_keys,
+            layer_state=state,
+            **arguments,
+        )
+
+    if rows > 1 and key.shape[2] > LONG_PREFILL:
+        announce(module, call())
+    if recorder is not None:
+        return recorder.sparse(module, call(), layer, weights)
+    return run(call(), return_weights=weights)
+
+
+def announce(module: torch.nn.Module, call: Call) -> None:
+    """Say once per model how long a long sparse prefill will take, extrapolated from its last rows."""
+    config: Any = module.config
+    if config.__dict__.get("_sah_announced") is not None:
+        return
+    rows = min(16, call.shape[2])
+    stop = call.shape[2]
+    _synchronize(call.queries)
+    start = time.perf_counter()
+    with torch.no_grad():
+        call.attend(stop - rows, stop, call.queries[:, :, stop - rows :], call.keys, call.values)
+    _synchronize(call.queries)
+    seconds = (time.perf_counter() - start) * stop / rows * (0.5 if stop == call.shape[3] else 1.0)
+    logger.warning_once(
+        f"A sparse prefill of {stop:,} queries over {call.shape[3]:,} keys takes the reference about {seconds:.1f} s in "
+        "each layer. prefill='dense' reads the prompt with dense attention instead."
+    )
+
+
+def _synchronize(tensor: torch.Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def stack_name(stack: Sequence[Masker]) -> str:
+    """``sink + local + oracle_top_k``."""
+    return " + ".join(masker.config.type for masker in stack) or "dense"

@@ -1,0 +1,51 @@
+"""``config.sparse_attention`` on every Transformers config."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from sah_transformers.config import SparseAttentionConfig
+
+NAME = "sah"
+"""The attention implementation's name."""
+
+
+class SparseAttentionProperty:
+    """Data descriptor: takes whatever ``SparseAttentionConfig.parse`` takes and keeps plain data.
+
+    The data lie in the config's ``__dict__`` so that Transformers saves them; a config that never had any saves none.
+    Setting it selects the attention ``"sah"`` unless another one was asked for. Reading gives a copy: assign a new
+    value to change it.
+    """
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type) -> Any:
+        return self if config is None else copy.deepcopy(config.__dict__.get("sparse_attention"))
+
+    def __set__(self, config: PreTrainedConfig, value: Any) -> None:
+        data = None if value is None else SparseAttentionConfig.parse(value).to_dict()
+        for one in (config, text_config(config)):
+            if data is None:
+                one.__dict__.pop("sparse_attention", None)
+                if one.__dict__.get("_attn_implementation_internal") == NAME:
+                    one._attn_implementation_internal = None
+            else:
+                one.__dict__["sparse_attention"] = data
+        inner = text_config(config)
+        if data is not None and inner.__dict__.get("_attn_implementation_internal") is None:
+            inner._attn_implementation_internal = NAME
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model inside ``config``; ``config`` itself while its parts do not exist yet."""
+    try:
+        return config.get_text_config(decoder=True)
+    except (AttributeError, ValueError, TypeError):
+        return config
+
+
+def sparse_data(config: Any) -> dict[str, Any] | None:
+    """The plain data of ``config.sparse_attention``, uncopied, or None."""
+    return getattr(config, "__dict__", {}).get("sparse_attention")

@@ -1,0 +1,91 @@
+"""Where Transformers loads a model: the keyword ``sparse_attention`` is taken and the built model is checked.
+
+Transformers has no entry point for plugins, so this wraps four methods of ``PreTrainedModel``. Each wrapper does
+nothing for a model that is not asked to be sparse.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from sah_transformers.integration.attention_function import sah_attention, sah_mask
+from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, text_config
+from sah_transformers.integration.models import attach, check_class
+
+MARK = "_sah_wrapper"
+
+
+def install() -> None:
+    """Register the attention ``"sah"`` and teach stock loading the keyword. Doing it again changes nothing."""
+    AttentionInterface.register(NAME, sah_attention)
+    AttentionMaskInterface.register(NAME, sah_mask)
+    if not isinstance(PreTrainedConfig.__dict__.get("sparse_attention"), SparseAttentionProperty):
+        PreTrainedConfig.sparse_attention = SparseAttentionProperty()
+    _wrap("post_init", _post_init)
+    _wrap("get_correct_attn_implementation", _get_correct_attn_implementation)
+    _wrap("from_pretrained", _from_pretrained)
+    _wrap("_from_config", _from_config)
+
+
+def _wrap(name: str, wrapper: Callable[..., Any]) -> None:
+    held = PreTrainedModel.__dict__[name]
+    is_classmethod = isinstance(held, classmethod)
+    original = held.__func__ if is_classmethod else held
+    original = getattr(original, MARK, original)  # a reload replaces the wrapper
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, MARK, original)
+    setattr(PreTrainedModel, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _post_init(original: Callable[..., Any], self: PreTrainedModel) -> None:
+    original(self)
+    attach(self)
+
+
+def _get_correct_attn_implementation(
+    original: Callable[..., Any],
+    self: PreTrainedModel,
+    requested_attention: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> str:
+    if requested_attention == NAME:
+        check_class(type(self), self.config)
+    return original(self, requested_attention, *args, **kwargs)
+
+
+def _from_pretrained(
+    original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any
+) -> Any:
+    config = kwargs.get("config")
+    if "sparse_attention" in kwargs and isinstance(config, PreTrainedConfig):
+        kwargs["config"] = _with_keyword(config, kwargs.pop("sparse_attention"), kwargs)
+    return original(cls, *args, **kwargs)
+
+
+def _from_config(
+    original: Callable[..., Any], cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any
+) -> Any:
+    if "sparse_attention" in kwargs:
+        config = _with_keyword(config, kwargs.pop("sparse_attention"), kwargs)
+    return original(cls, config, **kwargs)
+
+
+def _with_keyword(config: PreTrainedConfig, value: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """A copy of the user's config with the keyword's value; an explicit other attention stays what it is."""
+    config = copy.deepcopy(config)
+    config.sparse_attention = value
+    if (
+        value is not None and "attn_implementation" not in kwargs
+    ):  # what an earlier model resolved it to says nothing
+        text_config(config)._attn_implementation_internal = NAME
+    return config

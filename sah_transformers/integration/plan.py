@@ -1,0 +1,121 @@
+"""What one attention module does: its stacks, or why it stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sah_transformers.config import SparseAttentionConfig
+from sah_transformers.integration.config_property import sparse_data
+from sah_transformers.maskers import Masker, MaskerRegistry
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The resolved configuration of one attention module.
+
+    Attributes:
+        source: the config's data this was resolved from (compared by identity).
+        maskers: the layer's stack.
+        prefill: ``"same"``, ``"dense"`` or the stack for calls that read a prompt.
+        dense: why the layer stays dense; empty for a sparse layer.
+    """
+
+    source: Any
+    maskers: tuple[Masker, ...] = ()
+    prefill: str | tuple[Masker, ...] = "same"
+    decode_max_queries: int = 64
+    kernel: str = "auto"
+    min_keys: int = 0
+    dense: str = ""
+
+    def stack(self, empty_before: bool, queries: int) -> Sequence[Masker]:
+        """The stack for a call; empty = dense."""
+        if self.prefill == "same" or not (empty_before or queries > self.decode_max_queries):
+            return self.maskers
+        return () if isinstance(self.prefill, str) else self.prefill
+
+
+def plan_of(module: torch.nn.Module) -> LayerPlan:
+    """The module's plan, resolved anew when its config's ``sparse_attention`` was assigned."""
+    source = sparse_data(module.config)
+    plan = module.__dict__.get("_sah_plan")
+    if plan is None or plan.source is not source:
+        plan = _resolve(module, source)
+        module.__dict__["_sah_plan"] = plan
+    return plan
+
+
+def _resolve(module: torch.nn.Module, source: Any) -> LayerPlan:
+    if source is None:
+        return LayerPlan(source, dense="no sparse_attention in its config")
+    config = SparseAttentionConfig.from_dict(source)
+    plan = LayerPlan(
+        source,
+        decode_max_queries=config.decode_max_queries,
+        kernel=config.kernel,
+        min_keys=config.min_keys,
+    )
+    reason = never_sparse(module)
+    if reason:
+        return replace(plan, dense=reason)
+    index = module.layer_idx
+    num_layers = layer_count(module.config, index)
+    if index in {i % num_layers for i in config.dense_layers if -num_layers <= i < num_layers}:
+        return replace(plan, dense="in dense_layers")
+    if config.sliding_layers == "dense":
+        window = window_of(module)
+        if window is not None:
+            return replace(
+                plan, dense=f"the model windows it ({window}; sliding_layers='sparse' includes it)"
+            )
+    stack = tuple(MaskerRegistry.create_masker(c) for c in config.stack_of(index, num_layers))
+    prefill: str | tuple[Masker, ...] = "same"
+    if isinstance(config.prefill, str):
+        prefill = config.prefill
+    else:
+        prefill = tuple(MaskerRegistry.create_masker(c) for c in config.prefill)
+    if not stack and isinstance(prefill, str):
+        return replace(plan, dense="no maskers")
+    return replace(plan, maskers=stack, prefill=prefill)
+
+
+def never_sparse(module: torch.nn.Module) -> str:
+    """Why a module can never be sparse, whatever the configuration; empty if it can."""
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        return "it has no layer index"
+    if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
+        return "cross attention"
+    if getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False):
+        return "not causal"
+    return ""
+
+
+def layer_count(config: Any, at_least: int) -> int:
+    """Layers of the model that ``config`` describes."""
+    count = getattr(config, "num_hidden_layers", None)
+    return max(count if isinstance(count, int) else 0, at_least + 1)
+
+
+def window_of(module: torch.nn.Module) -> str | None:
+    """The model's own window on this layer in words, or None; one as long as the model's positions is none."""
+    config: Any = module.config
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds and module.layer_idx < len(kinds) else None
+    if kind is not None and "sliding" not in kind and "chunked" not in kind:
+        return None
+    if kind is not None and "chunked" in kind:
+        name, size = "chunks", getattr(config, "attention_chunk_size", None)
+    else:
+        name, size = "sliding window", getattr(module, "sliding_window", None)
+        if size is None or isinstance(size, bool):
+            size = getattr(config, "sliding_window", None)
+    if kind is None and not isinstance(size, int):
+        return None
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(size, int) and isinstance(longest, int) and size >= longest:
+        return None
+    return f"{name} of {size}" if isinstance(size, int) else name
