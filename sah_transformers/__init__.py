@@ -28,6 +28,7 @@ from sah_transformers.maskers import (
     TopPMasker,
     TopPMaskerConfig,
 )
+from sah_transformers.record import Log, record
 from sah_transformers.rows import Context, Rows
 from sah_transformers.state import State
 
@@ -40,6 +41,7 @@ __all__ = [
     "LayerSupport",
     "LocalMasker",
     "LocalMaskerConfig",
+    "Log",
     "Mask",
     "Masker",
     "MaskerConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "TopPMaskerConfig",
     "disable",
     "enable",
+    "record",
     "sparse_attention",
     "supported",
     "top_p_thresholds",

@@ -63,15 +63,11 @@ class Call:
         while start < rows:
             step = max(1, limit // max(1, batch * heads * keys))
             if self.visibility.is_causal:  # early rows reach fewer keys: take more of them
-                step = max(
-                    step, min(512, limit // max(1, batch * heads * self.visibility.reach(start + step)))
-                )
+                step = max(step, min(512, limit // max(1, batch * heads * self.visibility.reach(start + step))))
             yield start, min(start + step, rows)
             start += step
 
-    def rows(
-        self, start: int, stop: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> Rows:
+    def rows(self, start: int, stop: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Rows:
         """The block of rows ``start:stop`` (``queries`` are theirs) with the keys in their reach."""
         visible, bias = self.visibility.block(start, stop)
         reach = self.visibility.reach(stop)
@@ -91,9 +87,7 @@ class Call:
         context = rows.context
         for masker, side in zip(self.maskers, self.side, strict=True):
             rows.context = (
-                replace(context, side={name: data[:, :, :size] for name, data in side.items()})
-                if side
-                else context
+                replace(context, side={name: data[:, :, :size] for name, data in side.items()}) if side else context
             )
             mask = masker.extend(rows, mask)
         rows.context = context
@@ -105,6 +99,13 @@ class Call:
             mask = mask.merge_mask(Mask.from_dense_unchecked(everything.expand(rows.shape)))
         return mask
 
+    def block_sinks(self, start: int, stop: int) -> torch.Tensor | None:
+        """The sink logits of rows ``start:stop``, broadcastable to ``[B, H, q, 1]``."""
+        if self.sinks is None:
+            return None
+        sinks = self.sinks.view(1, -1, 1, 1) if self.sinks.dim() == 1 else self.sinks
+        return sinks if sinks.shape[2] == 1 else sinks[:, :, start:stop]
+
     def attend(
         self, start: int, stop: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Mask, Rows]:
@@ -112,10 +113,7 @@ class Call:
         rows = self.rows(start, stop, queries, keys, values)
         scores = rows.scores()
         mask = self.select(rows, start, stop)
-        sinks = self.sinks
-        if sinks is not None:
-            sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
-            sinks = sinks if sinks.shape[2] == 1 else sinks[:, :, start:stop]
+        sinks = self.block_sinks(start, stop)
         out, weights = masked_attention(scores, rows.values, mask, rows.visible, sinks, self.dropout)
         return out.to(self.queries.dtype), weights, mask, rows
 
@@ -154,9 +152,7 @@ def make_call(
     batch, heads, rows, dim = queries.shape
     total = keys.shape[2]
     if sinks is not None and not (sinks.numel() == heads or sinks.dim() == 4):
-        raise ValueError(
-            f"sinks must have shape [{heads}] or [B|1, {heads}, Q|1, 1], got {list(sinks.shape)}"
-        )
+        raise ValueError(f"sinks must have shape [{heads}] or [B|1, {heads}, Q|1, 1], got {list(sinks.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     visibility = Visibility(
@@ -307,7 +303,7 @@ def run(
     Returns:
         (out ``[B, Q, H, Dv]``, weights or None).
     """
-    batch, heads, rows, size = call.shape
+    batch, heads, rows, _ = call.shape
     inputs = (
         call.queries,
         call.keys,
@@ -325,9 +321,7 @@ def run(
     for start, stop in call.blocks():
         tensors = (call.queries[:, :, start:stop], call.keys, call.values)
         if recompute and not return_weights and masks is None:
-            part = checkpoint(
-                lambda *t, b=(start, stop): call.attend(*b, *t)[0], *tensors, use_reentrant=False
-            )
+            part = checkpoint(lambda *t, b=(start, stop): call.attend(*b, *t)[0], *tensors, use_reentrant=False)
             parts.append(part)  # type: ignore[arg-type]
             continue
         part, block_weights, mask, _ = call.attend(start, stop, *tensors)
@@ -340,11 +334,7 @@ def run(
         else:
             out[:, start:stop] = part
     if out is None:
-        out = (
-            torch.cat(parts, dim=1)
-            if parts
-            else call.queries.new_empty(batch, 0, heads, call.values.shape[-1])
-        )
+        out = torch.cat(parts, dim=1) if parts else call.queries.new_empty(batch, 0, heads, call.values.shape[-1])
     return out, weights
 
 

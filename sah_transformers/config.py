@@ -121,9 +121,7 @@ class SparseAttentionConfig:
 
     def stack_of(self, layer_idx: int, num_layers: int) -> Stack:
         """The stack of one layer: its override or ``maskers``; empty for a dense layer."""
-        if layer_idx in {
-            index % num_layers for index in self.dense_layers if -num_layers <= index < num_layers
-        }:
+        if layer_idx in {index % num_layers for index in self.dense_layers if -num_layers <= index < num_layers}:
             return ()
         stack = self.maskers
         for where, other in self.layers.items():
@@ -205,9 +203,7 @@ def _parse_layers(layers: Any) -> dict[str, Stack]:
                 raise ValueError
             layers_at(key, 1)
         except ValueError:
-            raise ValueError(
-                f"layers: a key must be a layer index or a range such as '4:8', got {where!r}"
-            ) from None
+            raise ValueError(f"layers: a key must be a layer index or a range such as '4:8', got {where!r}") from None
         parsed[key] = parse_stack(stack, f"layers[{key!r}]")
     return parsed
 
@@ -233,9 +229,7 @@ def _load_named(name: str) -> SparseAttentionConfig:
         data = read_plain(presets_folder() / f"{name}.yaml")
         return SparseAttentionConfig.from_dict({**data, "preset": name})
     if not name.lower().endswith((".yaml", ".yml", ".json")):
-        raise ValueError(
-            f"sparse_attention: {unknown_name(name, 'preset', names)} (or the path of a .yaml or .json)"
-        )
+        raise ValueError(f"sparse_attention: {unknown_name(name, 'preset', names)} (or the path of a .yaml or .json)")
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"sparse_attention: no such file: {name}")

@@ -139,9 +139,7 @@ class Mask:
         else:
             _tensor("data", data, tuple(slots.shape), device=slots.device)
             weights = _weights("data", torch.where(slots < 0, torch.zeros_like(data), data), dtype)
-            form = RowWiseForm(
-                shape, weights.dtype, slots.device, slots.masked_fill_(weights == 0, -1), weights
-            )
+            form = RowWiseForm(shape, weights.dtype, slots.device, slots.masked_fill_(weights == 0, -1), weights)
         return cls(_kept(form, mask_type))
 
     @classmethod
@@ -287,9 +285,7 @@ def _tensor(
     """Checks type, shape (-1 = any size), dtype and device."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-    same = len(shape) == value.ndim and all(
-        want in (-1, got) for want, got in zip(shape, value.shape, strict=True)
-    )
+    same = len(shape) == value.ndim and all(want in (-1, got) for want, got in zip(shape, value.shape, strict=True))
     if not same:
         wanted = ", ".join("*" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
@@ -334,9 +330,7 @@ def _check_csr(shape: tuple[int, ...], indices: Tensor, ptr: Tensor) -> None:
 
 def _check_visible(visible: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
-        raise ValueError(
-            f"visible must be a bool tensor, got {getattr(visible, 'dtype', type(visible).__name__)}"
-        )
+        raise ValueError(f"visible must be a bool tensor, got {getattr(visible, 'dtype', type(visible).__name__)}")
     tail = shape[len(shape) - visible.ndim :] if visible.ndim <= len(shape) else None
     if tail is None or any(got not in (1, want) for got, want in zip(visible.shape, tail, strict=True)):
         raise ValueError(f"visible must be broadcastable to {list(shape)}, got {list(visible.shape)}")

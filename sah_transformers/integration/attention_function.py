@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
-from sah_transformers.maskers import Masker
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +41,7 @@ def sah_mask(
 
 
 def sah_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,9 +100,7 @@ def sah_attention(
     if is_causal is False or (plan.dense and recorder is None):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
     try:
-        return attend_planned(
-            module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder
-        )
+        return attend_planned(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
         undo(sah_cache, key.shape[2], query.shape[2])
         raise
@@ -123,7 +119,7 @@ def attend_dense(
 
 @torch.compiler.disable(recursive=True)
 def attend_planned(
-    module: torch.nn.Module,
+    module: Any,
     plan: LayerPlan,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -140,7 +136,7 @@ def attend_planned(
     static = layer is not None and is_static(layer)
     stateful = any(masker.needs_state for masker in plan.maskers)
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    if static and (stateful or prompt or key.device.type == "cpu"):
+    if layer is not None and static and (stateful or prompt or key.device.type == "cpu"):
         filled = int(layer.cumulative_length)
         key, value = key[:, :, :filled], value[:, :, :filled]
         if arguments["attention_mask"] is not None:
@@ -149,11 +145,13 @@ def attend_planned(
     empty_before = not static and key.shape[2] == rows
     stack = () if plan.dense else plan.stack(empty_before, rows)
     if not stack or key.shape[2] < plan.min_keys:
-        start = time.perf_counter()
-        out = attend_dense(query, key, value, arguments, weights)
-        if recorder is not None:
-            recorder.dense(module, query, key, time.perf_counter() - start)
-        return out
+        if recorder is None:
+            return attend_dense(query, key, value, arguments, weights)
+
+        def attend() -> Any:
+            return attend_dense(query, key, value, arguments, weights)
+
+        return recorder.dense(module.layer_idx, rows, key.shape[2], attend)
     state = None
     if layer is not None and not getattr(layer, "is_sliding", False) and any(m.needs_state for m in stack):
         state = state_of(layer)
@@ -173,14 +171,14 @@ def attend_planned(
     if rows > 1 and key.shape[2] > LONG_PREFILL:
         announce(module, call())
     if recorder is not None:
-        return recorder.sparse(module, call(), layer, weights)
+        side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
+        return recorder.sparse(module.layer_idx, call, side_bytes, weights)
     return run(call(), return_weights=weights)
 
 
-def announce(module: torch.nn.Module, call: Call) -> None:
+def announce(module: Any, call: Call) -> None:
     """Say once per model how long a long sparse prefill will take, extrapolated from its last rows."""
-    config: Any = module.config
-    if config.__dict__.get("_sah_announced") is not None:
+    if module.config.__dict__.get("_sah_announced") is not None:
         return
     rows = min(16, call.shape[2])
     stop = call.shape[2]
@@ -199,8 +197,3 @@ def announce(module: torch.nn.Module, call: Call) -> None:
 def _synchronize(tensor: torch.Tensor) -> None:
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)
-
-
-def stack_name(stack: Sequence[Masker]) -> str:
-    """``sink + local + oracle_top_k``."""
-    return " + ".join(masker.config.type for masker in stack) or "dense"

@@ -63,18 +63,16 @@ FOLLOWED = {
 
 
 @cache
-def carrying(base: type) -> type:
+def carrying(base: Any) -> Any:
     """The subclass of a cache layer's class that takes its ``sah_state`` along."""
-    body: dict[str, Any] = {
-        name: _follow(name, base, then) for name, then in FOLLOWED.items() if hasattr(base, name)
-    }
+    body: dict[str, Any] = {name: _follow(name, base, then) for name, then in FOLLOWED.items() if hasattr(base, name)}
     body["_layer_type"] = None  # Transformers would register the class for new caches
     body["__doc__"] = base.__doc__
     body["__reduce_ex__"] = lambda self, protocol: (_restore, (base,), self.__dict__)
     return type(f"Sah{base.__name__}", (base,), body)
 
 
-def _restore(base: type) -> Any:
+def _restore(base: Any) -> Any:
     kind = carrying(base)
     return kind.__new__(kind)
 

@@ -25,7 +25,7 @@ def install() -> None:
     AttentionInterface.register(NAME, sah_attention)
     AttentionMaskInterface.register(NAME, sah_mask)
     if not isinstance(PreTrainedConfig.__dict__.get("sparse_attention"), SparseAttentionProperty):
-        PreTrainedConfig.sparse_attention = SparseAttentionProperty()
+        setattr(PreTrainedConfig, "sparse_attention", SparseAttentionProperty())  # noqa: B010
     _wrap("post_init", _post_init)
     _wrap("get_correct_attn_implementation", _get_correct_attn_implementation)
     _wrap("from_pretrained", _from_pretrained)
@@ -63,9 +63,7 @@ def _get_correct_attn_implementation(
     return original(self, requested_attention, *args, **kwargs)
 
 
-def _from_pretrained(
-    original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any
-) -> Any:
+def _from_pretrained(original: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("config")
     if "sparse_attention" in kwargs and isinstance(config, PreTrainedConfig):
         kwargs["config"] = _with_keyword(config, kwargs.pop("sparse_attention"), kwargs)
@@ -84,8 +82,6 @@ def _with_keyword(config: PreTrainedConfig, value: Any, kwargs: dict[str, Any]) 
     """A copy of the user's config with the keyword's value; an explicit other attention stays what it is."""
     config = copy.deepcopy(config)
     config.sparse_attention = value
-    if (
-        value is not None and "attn_implementation" not in kwargs
-    ):  # what an earlier model resolved it to says nothing
+    if value is not None and "attn_implementation" not in kwargs:  # what an earlier model resolved it to says nothing
         text_config(config)._attn_implementation_internal = NAME
     return config

@@ -19,7 +19,7 @@ from sah_transformers.integration.plan import layer_count, never_sparse, plan_of
 
 logger = logging.get_logger(__name__)
 
-NOT_THROUGH_INTERFACE = "its attention does not go through Transformers' AttentionInterface, so that no registered attention can reach it"
+NOT_THROUGH_INTERFACE = "its attention does not go through Transformers' AttentionInterface"
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Support:
 
 
 @cache
-def _uses_interface(kind: type) -> bool:
+def _uses_interface(kind: Any) -> bool:
     """Whether a module's forward looks its attention up in Transformers' interface."""
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)
     except (OSError, TypeError, AttributeError):
         return False
 
 
-def attention_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def attention_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """(name, module) of the language model's attention layers, in order."""
     config: Any = getattr(model, "config", None)
     kind = type(text_config(config)) if config is not None else None
@@ -86,8 +86,8 @@ def why_unsupported(model: PreTrainedModel) -> str:
 
 
 @cache
-def _forward_source(kind: type) -> str:
-    return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+def _forward_source(kind: Any) -> str:
+    return inspect.getsource(kind.forward)
 
 
 def check_class(kind: type[PreTrainedModel], config: Any) -> None:
@@ -103,10 +103,7 @@ def check_class(kind: type[PreTrainedModel], config: Any) -> None:
         source = inspect.getsource(module) if module else ""
     except (OSError, TypeError):
         return
-    if (
-        re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE)
-        and "ALL_ATTENTION_FUNCTIONS" not in source
-    ):
+    if re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE) and "ALL_ATTENTION_FUNCTIONS" not in source:
         raise ValueError(f"{kind.__name__} cannot use sparse attention: {NOT_THROUGH_INTERFACE}")
 
 
@@ -126,7 +123,7 @@ def attach(model: PreTrainedModel) -> None:
         return
     modules = attention_modules(model)
     parsed = SparseAttentionConfig.from_dict(sparse_data(config) or {})
-    count = layer_count(config, max(module.layer_idx for _, module in modules))  # type: ignore[type-var, operator]
+    count = layer_count(config, max(module.layer_idx for _, module in modules))
     for problem in parsed.check_layers(count):
         logger.warning_once(f"preset {parsed.preset!r}: ignored {problem}")
     layers = _report(modules)
@@ -138,15 +135,15 @@ def attach(model: PreTrainedModel) -> None:
         install_hook(module)
 
 
-def _report(modules: list[tuple[str, torch.nn.Module]]) -> list[LayerSupport]:
+def _report(modules: list[tuple[str, Any]]) -> list[LayerSupport]:
     report = []
     for name, module in modules:
         plan = plan_of(module)
-        report.append(LayerSupport(module.layer_idx, name, not plan.dense, plan.dense))  # type: ignore[arg-type]
+        report.append(LayerSupport(module.layer_idx, name, not plan.dense, plan.dense))
     return sorted(report, key=lambda layer: layer.layer_idx)
 
 
-def install_hook(module: torch.nn.Module) -> None:
+def install_hook(module: Any) -> None:
     """Let the module's forward hand its cache on to the attention function, once."""
     if module.__dict__.get("_sah_hooked") or not _passes_keywords(type(module)):
         return
@@ -155,21 +152,19 @@ def install_hook(module: torch.nn.Module) -> None:
 
 
 @cache
-def _passes_keywords(kind: type) -> bool:
-    parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+def _passes_keywords(kind: Any) -> bool:
+    parameters = inspect.signature(kind.forward).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 @cache
-def _cache_position(kind: type) -> int | None:
+def _cache_position(kind: Any) -> int | None:
     """Index of the cache among a forward's positional arguments (without self)."""
-    names = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
-    return next(
-        (names.index(n) for n in ("past_key_values", "layer_past", "past_key_value") if n in names), None
-    )
+    names = list(inspect.signature(kind.forward).parameters)[1:]
+    return next((names.index(n) for n in ("past_key_values", "layer_past", "past_key_value") if n in names), None)
 
 
-def hand_cache_on(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def hand_cache_on(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook: the call's cache becomes the keyword ``sah_cache``; it is not kept anywhere."""
     cache = kwargs.get("past_key_values")
     if cache is None:
@@ -257,7 +252,7 @@ def supported(model: PreTrainedModel) -> Support:
     if sparse_data(text_config(model.config)) is not None:
         return Support(True, "", _report(modules))
     before = _snapshot(model)
-    data = SparseAttentionConfig(maskers=({"type": "causal"},)).to_dict()  # type: ignore[arg-type]
+    data = SparseAttentionConfig.parse([{"type": "causal"}]).to_dict()
     for config in _configs(model):
         config.__dict__["sparse_attention"] = data
     try:

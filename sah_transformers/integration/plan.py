@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from sah_transformers.config import SparseAttentionConfig
 from sah_transformers.integration.config_property import sparse_data
 from sah_transformers.maskers import Masker, MaskerRegistry
@@ -39,7 +37,7 @@ class LayerPlan:
         return () if isinstance(self.prefill, str) else self.prefill
 
 
-def plan_of(module: torch.nn.Module) -> LayerPlan:
+def plan_of(module: Any) -> LayerPlan:
     """The module's plan, resolved anew when its config's ``sparse_attention`` was assigned."""
     source = sparse_data(module.config)
     plan = module.__dict__.get("_sah_plan")
@@ -49,7 +47,7 @@ def plan_of(module: torch.nn.Module) -> LayerPlan:
     return plan
 
 
-def _resolve(module: torch.nn.Module, source: Any) -> LayerPlan:
+def _resolve(module: Any, source: Any) -> LayerPlan:
     if source is None:
         return LayerPlan(source, dense="no sparse_attention in its config")
     config = SparseAttentionConfig.from_dict(source)
@@ -69,9 +67,7 @@ def _resolve(module: torch.nn.Module, source: Any) -> LayerPlan:
     if config.sliding_layers == "dense":
         window = window_of(module)
         if window is not None:
-            return replace(
-                plan, dense=f"the model windows it ({window}; sliding_layers='sparse' includes it)"
-            )
+            return replace(plan, dense=f"the model windows it ({window}; sliding_layers='sparse' includes it)")
     stack = tuple(MaskerRegistry.create_masker(c) for c in config.stack_of(index, num_layers))
     prefill: str | tuple[Masker, ...] = "same"
     if isinstance(config.prefill, str):
@@ -83,7 +79,7 @@ def _resolve(module: torch.nn.Module, source: Any) -> LayerPlan:
     return replace(plan, maskers=stack, prefill=prefill)
 
 
-def never_sparse(module: torch.nn.Module) -> str:
+def never_sparse(module: Any) -> str:
     """Why a module can never be sparse, whatever the configuration; empty if it can."""
     if not isinstance(getattr(module, "layer_idx", None), int):
         return "it has no layer index"
@@ -100,7 +96,7 @@ def layer_count(config: Any, at_least: int) -> int:
     return max(count if isinstance(count, int) else 0, at_least + 1)
 
 
-def window_of(module: torch.nn.Module) -> str | None:
+def window_of(module: Any) -> str | None:
     """The model's own window on this layer in words, or None; one as long as the model's positions is none."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)

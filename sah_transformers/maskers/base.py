@@ -11,6 +11,7 @@ import torch
 
 from sah_transformers.mask import Mask
 from sah_transformers.rows import Context, Rows
+from sah_transformers.selections import Selection
 from sah_transformers.spelling import unknown_name
 
 
@@ -39,9 +40,7 @@ class MaskerConfig:
         for name in given:
             if name not in fields:
                 raise ValueError(unknown_name(name, "field", fields))
-        missing = [
-            f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in given
-        ]
+        missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in given]
         if missing:
             raise ValueError(f"{missing[0]} is missing ({cls.type} needs it)")
         return cls(**given)
@@ -76,6 +75,10 @@ class Masker(ABC):
         Returns:
             ``[B|1, H|1, q, K]``: bool (weight 1) or float weights in [0, 1], zero at invisible keys.
         """
+
+    def describe(self) -> Selection | None:
+        """The selection in words that kernels understand, or None for the reference only."""
+        return None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Side data of new keys, stored on the cache and handed back as ``ctx.side``.

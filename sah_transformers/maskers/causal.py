@@ -10,6 +10,7 @@ import torch
 from sah_transformers.maskers.base import Masker, MaskerConfig
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.rows import Rows
+from sah_transformers.selections import Everything, Selection
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,6 @@ class CausalMasker(Masker):
         if rows.visible is None:
             return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.keys.device)
         return rows.visible
+
+    def describe(self) -> Selection:
+        return Everything()

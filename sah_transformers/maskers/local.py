@@ -11,6 +11,7 @@ from sah_transformers.budget import Budget, check_budget, resolve_budget
 from sah_transformers.maskers.base import Masker, MaskerConfig
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.rows import Rows
+from sah_transformers.selections import Last, Selection
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,6 @@ class LocalMasker(Masker):
     def select(self, rows: Rows, active: torch.Tensor | None) -> torch.Tensor:
         last = rows.ranks > rows.counts - resolve_budget(self.config.window_size, rows.counts)
         return last if rows.visible is None else last & rows.visible
+
+    def describe(self) -> Selection:
+        return Last(self.config.window_size)

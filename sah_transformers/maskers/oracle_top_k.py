@@ -10,6 +10,7 @@ import torch
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context, Rows, scores_of
+from sah_transformers.selections import Best, Selection
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,7 @@ class OracleTopKConfig(TopKMaskerConfig):
 class OracleTopK(TopKMasker):
     """Selects the ``heavy_size`` visible keys with the highest attention scores among those not yet active."""
 
-    def score(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context
-    ) -> torch.Tensor:
+    def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
         return scores_of(queries, keys, ctx)
 
     def row_scores(self, rows: Rows) -> torch.Tensor:
@@ -33,3 +32,6 @@ class OracleTopK(TopKMasker):
 
     def score_error(self, rows: Rows, scores: torch.Tensor) -> torch.Tensor:
         return rows.score_error()
+
+    def describe(self) -> Selection:
+        return Best(self.config.heavy_size, self.config.gqa == "group")

@@ -10,6 +10,7 @@ import torch
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_p import TopPMasker, TopPMaskerConfig
 from sah_transformers.rows import Context, Rows, scores_of
+from sah_transformers.selections import Mass, Selection
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,7 @@ class OracleTopPMaskerConfig(TopPMaskerConfig):
 class OracleTopPMasker(TopPMasker):
     """Selects the highest-weighted visible keys that together hold ``top_p`` of the attention mass."""
 
-    def score(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context
-    ) -> torch.Tensor:
+    def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
         return scores_of(queries, keys, ctx)
 
     def row_scores(self, rows: Rows) -> torch.Tensor:
@@ -33,3 +32,6 @@ class OracleTopPMasker(TopPMasker):
 
     def score_error(self, rows: Rows, scores: torch.Tensor) -> torch.Tensor:
         return rows.score_error()
+
+    def describe(self) -> Selection:
+        return Mass(self.config.top_p, self.config.coverage == "total", self.config.gqa == "group")

@@ -29,9 +29,7 @@ class MaskerRegistry:
         if not (isinstance(config_class, type) and issubclass(config_class, MaskerConfig)):
             raise ValueError(f"config_class must be a subclass of MaskerConfig, got {config_class!r}")
         if not config_class.type or "type" not in vars(config_class):
-            raise ValueError(
-                f"{config_class.__name__}.type must be a tag of its own, got {config_class.type!r}"
-            )
+            raise ValueError(f"{config_class.__name__}.type must be a tag of its own, got {config_class.type!r}")
 
         def decorate(masker_class: M) -> M:
             cls._maskers[config_class] = masker_class

@@ -11,6 +11,7 @@ from sah_transformers.budget import Budget, check_budget, resolve_budget
 from sah_transformers.maskers.base import Masker, MaskerConfig
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.rows import Rows
+from sah_transformers.selections import First, Selection
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,6 @@ class SinkMasker(Masker):
     def select(self, rows: Rows, active: torch.Tensor | None) -> torch.Tensor:
         first = rows.ranks <= resolve_budget(self.config.sink_size, rows.counts)
         return first if rows.visible is None else first & rows.visible
+
+    def describe(self) -> Selection:
+        return First(self.config.sink_size)

@@ -17,9 +17,7 @@ from sah_transformers.rows import SCORE_EPS, Context, Rows, by_group
 def check_gqa(value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is a GQA mode."""
     if value not in ("head", "group"):
-        raise ValueError(
-            f"gqa must be 'head' (each query head selects) or 'group' (each KV head), got {value!r}"
-        )
+        raise ValueError(f"gqa must be 'head' (each query head selects) or 'group' (each KV head), got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class ScoredMasker(Masker):
     """Whether scores carry rounding errors. False (whole numbers) skips the float64 check of close cuts."""
 
     @abstractmethod
-    def score(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context
-    ) -> torch.Tensor:
+    def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Estimated scores.
 
         Called in the model's dtype for all rows, and again in float64 for the few rows whose cut lies between
@@ -96,7 +92,7 @@ class ScoredMasker(Masker):
 
         R is H or, for a selection per KV head, G.
         """
-        batch, ranks, _ = undecided.shape
+        ranks = undecided.shape[1]
         groups = rows.keys.shape[1]
         per_group = undecided.unflatten(1, (groups, ranks // groups)).any(dim=2)
         active = None if active is None else active.expand(rows.shape)
@@ -109,9 +105,7 @@ class ScoredMasker(Masker):
             selected[b, part, index] = chosen.expand(1, part.stop - part.start, len(index), -1)[0]
 
     @abstractmethod
-    def choose(
-        self, rows: Rows, active: torch.Tensor | None, exact: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def choose(self, rows: Rows, active: torch.Tensor | None, exact: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(selected ``[B, R, q, K]``, undecided ``[B, R, q]`` or None); ``exact`` rows are always decided."""
 
     def select(self, rows: Rows, active: torch.Tensor | None) -> torch.Tensor:
@@ -129,9 +123,7 @@ class TopKMasker(ScoredMasker):
 
     config: TopKMaskerConfig
 
-    def choose(
-        self, rows: Rows, active: torch.Tensor | None, exact: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def choose(self, rows: Rows, active: torch.Tensor | None, exact: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         scores = self.row_scores(rows)
         margin = None if exact else 2 * self.score_error(rows, scores)
         if self.config.gqa == "head" or rows.group_size == 1:

@@ -41,9 +41,7 @@ class TopPMasker(ScoredMasker):
 
     config: TopPMaskerConfig
 
-    def choose(
-        self, rows: Rows, active: torch.Tensor | None, exact: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def choose(self, rows: Rows, active: torch.Tensor | None, exact: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         scores = self.row_scores(rows)
         error = None if exact else self.score_error(rows, scores)
         total = self.config.coverage == "total"

@@ -6,6 +6,8 @@ reference over all visible keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,7 +38,7 @@ def dense_attention(
         ``[B, Q, H, Dv]`` in the queries' dtype; rows that see nothing are zeros.
     """
     rows, total = queries.shape[2], keys.shape[2]
-    options = {"scale": scaling, "dropout_p": dropout}
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
     if attention_mask is None and (not is_causal or rows == 1 or rows == total):
         causal = is_causal and rows > 1
         if rows == 1:

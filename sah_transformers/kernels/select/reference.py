@@ -153,7 +153,5 @@ def _thresholds(weights: torch.Tensor, top_p: float, held: torch.Tensor) -> tupl
     threshold = threshold.masked_fill(nothing, float("inf"))
     slack = (share - target).abs().amin(-1, keepdim=True)
     if top_p > 0:
-        slack = torch.minimum(
-            slack, torch.where(held > 0, (held / total - target).abs(), torch.ones_like(total))
-        )
+        slack = torch.minimum(slack, torch.where(held > 0, (held / total - target).abs(), torch.ones_like(total)))
     return threshold, slack
