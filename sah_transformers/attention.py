@@ -84,6 +84,8 @@ class Call:
             mask = Mask.create_empty_mask(rows.shape, device=rows.keys.device)
         else:
             mask = Mask.from_dense_unchecked(self.previous[:, :, start:stop, :size])
+        if size == 0:
+            return mask
         context = rows.context
         for masker, side in zip(self.maskers, self.side, strict=True):
             rows.context = (

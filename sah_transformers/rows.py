@@ -102,12 +102,17 @@ class Rows:
     def score_error(self) -> torch.Tensor:
         """Bound on the rounding error of each row's ``scores()``, ``[B, H, q, 1]``.
 
-        A float32 dot product of D terms errs by a few times ``sqrt(D)`` roundings of ``|q| |k|``.
+        A float32 dot product of D terms errs by a few times ``sqrt(D)`` roundings of ``|q| |k|``. For a few rows over
+        many keys the largest ``|k|`` is taken as twice that of a sample: a pass over the keys would cost a quarter of
+        the attention.
         """
         if "score_error" not in self._cache:
+            keys, safety = self.keys, 1.0
+            if self.shape[2] <= 4 and self.shape[3] > 2048:
+                keys, safety = keys[:, :, :: self.shape[3] // 256], 2.0
             query = torch.linalg.vector_norm(self.queries, dim=-1, keepdim=True, dtype=torch.float32)
-            key = torch.linalg.vector_norm(self.keys, dim=-1, dtype=torch.float32).amax(-1)  # [B, G]
-            scale = query * key.repeat_interleave(self.group_size, dim=1)[:, :, None, None]
+            key = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax(-1)  # [B, G]
+            scale = safety * query * key.repeat_interleave(self.group_size, dim=1)[:, :, None, None]
             error = 4 * self.queries.shape[-1] ** 0.5 * 2**-24 * abs(self.context.scaling) * scale
             if self.context.softcap is not None:
                 error = error + 2**-21 * self.context.softcap
@@ -177,11 +182,23 @@ def dot(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[B, H, q, K]``.
     """
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     batch, heads, rows, dim = queries.shape
-    groups = keys.shape[1]
-    folded = queries.reshape(batch, groups, heads // groups * rows, dim).to(dtype)
-    return (folded @ keys.to(dtype).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
+    groups, size = keys.shape[1:3]
+    folded = queries.reshape(batch, groups, heads // groups * rows, dim)
+    if _half_on_cuda(queries, keys):  # half-precision products are exact in float32: no float32 copy of the keys
+        flat = torch.bmm(folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.view(batch, heads, rows, size)
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    if queries.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        dtype = torch.float64  # TF32 has the mantissa of half precision
+    scores = (folded.to(dtype) @ keys.to(dtype).transpose(-1, -2)).view(batch, heads, rows, size)
+    return scores if queries.dtype == torch.float64 else scores.to(torch.promote_types(queries.dtype, torch.float32))
+
+
+def _half_on_cuda(queries: torch.Tensor, keys: torch.Tensor) -> bool:
+    half = queries.dtype in (torch.bfloat16, torch.float16) and keys.dtype == queries.dtype
+    differentiable = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    return queries.device.type == "cuda" and half and not differentiable
 
 
 def scores_of(queries: torch.Tensor, keys: torch.Tensor, ctx: Context) -> torch.Tensor:

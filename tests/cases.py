@@ -27,6 +27,12 @@ CONFIGS = {
 }
 ADDING = [kind for kind in CONFIGS if kind != "causal"]  # after `causal` nothing is left to add
 STACKS = st.lists(st.sampled_from([*ADDING * 3, "causal"]).flatmap(CONFIGS.get), max_size=4)
+SCORED = ["oracle_top_k", "oracle_top_p"]
+# Stacks that rank by score and leave something out, mostly.
+RANKING = st.tuples(
+    st.lists(st.sampled_from(["sink", "local", *SCORED]).flatmap(CONFIGS.get), max_size=1),
+    st.lists(st.sampled_from(SCORED).flatmap(CONFIGS.get), min_size=1, max_size=2),
+).map(lambda parts: parts[0] + parts[1])
 
 MASKS = [
     "causal",
@@ -148,7 +154,7 @@ def attention_mask(generator, kind, B, H, Q, K, dtype):
 def cases(draw, stacks=STACKS, masks=MASKS, data=DATA, extras=True):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     B, (H, G), Q = draw(st.integers(1, 3)), draw(st.sampled_from(HEADS)), draw(st.sampled_from([1, 2, 5, 17]))
-    K = draw(st.one_of(st.integers(1, 80), st.just(Q), st.integers(1, Q)))
+    K = draw(st.one_of(st.integers(20, 80), st.integers(1, 80), st.just(Q), st.integers(1, Q)))
     D, Dv = draw(st.sampled_from([1, 4, 16, 64])), draw(st.sampled_from([1, 4, 8, 24]))
     dtype, kind, numbers = (
         draw(st.sampled_from(DTYPES)),

@@ -28,6 +28,10 @@ MODES = ("forward", "padded", "dynamic", "static", "beams")
 # eager in float32 is within half of this of eager in float64, and that a wrong mask is a hundredfold beyond.
 TOLERANCE = 1e-4
 
+# With left padding the first queries that MusicGen generates from see no key at all; what attention then gives
+# is anything (eager averages hidden keys, sdpa and sah give zeros) and its static cache disagrees with its dynamic.
+PADDING_UNDEFINED = ("MusicgenForCausalLM",)
+
 CAUSAL = [{"type": "causal"}]
 CONFIGS = {
     # Every layer through the maskers; none; and those that the model windows left as they are.
@@ -129,12 +133,14 @@ def prompt(model: PreTrainedModel, padded: bool) -> dict[str, torch.Tensor]:
 
 
 def outputs(model: PreTrainedModel, modes: tuple[str, ...] = MODES) -> dict[str, Output]:
-    """Each mode's output. Generation takes padded prompts unless the padded forward itself fails."""
+    """Each mode's output; generation takes the padded prompts."""
     result: dict[str, Output] = {}
     for mode in modes:
-        padded = mode != "forward" and not result.get("padded", Output()).error
+        padded = mode == "padded"
+        if mode not in ("forward", "padded"):
+            padded = type(model).__name__ not in PADDING_UNDEFINED
         try:
-            result[mode] = output(model, mode, prompt(model, mode == "padded" or padded))
+            result[mode] = output(model, mode, prompt(model, padded))
         except Exception as error:  # whatever it is, it is the mode's outcome
             lines = str(error).strip().splitlines() or [""]
             result[mode] = Output(error=f"{type(error).__name__}: {lines[0]}")
@@ -162,9 +168,7 @@ def output(model: PreTrainedModel, mode: str, inputs: dict[str, torch.Tensor]) -
     return Output(logits=logits, tokens=result.sequences)
 
 
-def differences(
-    expected: dict[str, Output], actual: dict[str, Output], tolerance: float = TOLERANCE
-) -> dict[str, str]:
+def differences(expected: dict[str, Output], actual: dict[str, Output], tolerance: float = TOLERANCE) -> dict[str, str]:
     """Modes in which `actual` is not `expected`, and how; a mode that `expected` could not do is left out."""
     found = {}
     for mode, got in actual.items():

@@ -7,7 +7,7 @@ import loops
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, DATA, MASKS, cases, tensors
+from cases import CONFIGS, DATA, MASKS, RANKING, cases, tensors
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -39,9 +39,7 @@ def check_mask(mask, truth, case):
     if not sure.all():
         event("a row on a razor's edge")
     ours = loops.array(dense)
-    wrong = sorted(
-        {tuple(map(int, at[:3])) for at in np.argwhere(ours != truth.weights) if sure[tuple(at[:3])]}
-    )
+    wrong = sorted({tuple(map(int, at[:3])) for at in np.argwhere(ours != truth.weights) if sure[tuple(at[:3])]})
     if wrong:
         b, h, i = wrong[0]
         row = slice(None) if truth.score.shape[-1] <= 40 else truth.visible[b, h, i]
@@ -54,9 +52,7 @@ def check_mask(mask, truth, case):
 
 def eager(case, truth, dtype):
     """The usual eager attention of Transformers in `dtype` under the selection of `truth`."""
-    o = SimpleNamespace(
-        **{"softcap": None, "sinks": None, "scaling": None, "position_bias": None, **case.options}
-    )
+    o = SimpleNamespace(**{"softcap": None, "sinks": None, "scaling": None, "position_bias": None, **case.options})
     B, H, Q, D = case.queries.shape
     repeats = H // case.keys.shape[1]
     q = case.queries.to(dtype)
@@ -145,10 +141,10 @@ def test_stacks_equal_the_loops(case):
 
 
 @pytest.mark.parametrize("data", DATA)
-@examples(25)
+@examples(40)
 @given(st.data())
 def test_every_kind_of_data(data, draw):
-    check(draw.draw(cases(data=[data])))
+    check(draw.draw(cases(stacks=RANKING, data=[data])))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -259,9 +255,7 @@ def test_biases_beyond_float32_are_visible():
     mask[..., :8] = -1e300
     mask[:, :, 2] = -1e300
     for stack in ([{"type": "oracle_top_k", "heavy_size": 0.5}], [{"type": "sink", "sink_size": 0.5}], []):
-        out, result = sparse_attention(
-            q, k, v, stack, attention_mask=mask, is_causal=False, kernel="reference"
-        )
+        out, result = sparse_attention(q, k, v, stack, attention_mask=mask, is_causal=False, kernel="reference")
         truth = loops.sparse_attention(q, k, v, stack, attention_mask=mask, is_causal=False)
         check_mask(result, truth, stack)
         assert torch.isfinite(out).all()
@@ -278,9 +272,7 @@ def test_an_empty_stack_is_dense_attention(case):
 @given(cases())
 def test_auto_state_and_masker_objects_change_nothing(case):
     maskers = [dict(c) for c in case.maskers]
-    _, first = sparse_attention(
-        case.queries, case.keys, case.values, maskers, kernel="reference", **case.options
-    )
+    _, first = sparse_attention(case.queries, case.keys, case.values, maskers, kernel="reference", **case.options)
     configs = []
     for c in maskers:
         fields = {k: v for k, v in c.items() if k != "type"}

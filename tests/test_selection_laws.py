@@ -219,9 +219,7 @@ def test_repeating_a_fixed_masker_adds_nothing(data):
 
 
 @each_stack
-@pytest.mark.parametrize(
-    "shape", [{"B": 0}, {"Q": 0}, {"K": 0, "Q": 3}, {"K": 1, "Q": 1}, {"K": 1, "Q": 4}], ids=str
-)
+@pytest.mark.parametrize("shape", [{"B": 0}, {"Q": 0}, {"K": 0, "Q": 3}, {"K": 1, "Q": 1}, {"K": 1, "Q": 4}], ids=str)
 def test_empty_and_single(stack, shape):
     q, k, v = (torch.randn(s) for s in sizes(**shape))
     out, mask = select(q, k, v, stack)
@@ -325,16 +323,25 @@ def test_misshapen_arguments(name, shape):
     refuse(name, *(torch.randn(s) for s in sizes()), **{name: value})
 
 
-def test_other_refusals():
-    q, k, v = (torch.randn(s) for s in sizes())
-    refuse("previous_mask", q, k, v, previous_mask=as_mask(torch.zeros(2, 4, 6, 5)))
-    refuse("kernel", q, k, v, kernel="cuda")
-    refuse("sink_sise", q, k, v, stack=[{"type": "sink", "sink_sise": 2}])
-    refuse("oracle_topk", q, k, v, stack=[{"type": "oracle_topk", "heavy_size": 2}])
-    refuse("dropout", q, k, v, dropout=1.5)
-    refuse("dropout", q, k, v, dropout=-0.1)
-    refuse("dtype", q, k.double(), v)
-    refuse("dtype", q.long(), k.long(), v.long())
+@pytest.mark.parametrize(
+    ("match", "kwargs"),
+    [
+        ("previous_mask", {"previous_mask": as_mask(torch.zeros(2, 4, 6, 5))}),
+        ("kernel", {"kernel": "cuda"}),
+        ("sink_sise", {"stack": [{"type": "sink", "sink_sise": 2}]}),
+        ("oracle_topk", {"stack": [{"type": "oracle_topk", "heavy_size": 2}]}),
+        ("dropout", {"dropout": 1.5}),
+        ("dropout", {"dropout": -0.1}),
+    ],
+)
+def test_other_refusals(match, kwargs):
+    refuse(match, *(torch.randn(s) for s in sizes()), **kwargs)
+
+
+@pytest.mark.parametrize("dtypes", ["fdf", "ffd", "lll"])
+def test_dtypes_that_do_not_fit(dtypes):
+    names = {"f": torch.float32, "d": torch.float64, "l": torch.int64}
+    refuse("dtype", *(torch.ones(s, dtype=names[d]) for s, d in zip(sizes(), dtypes, strict=True)))
 
 
 BAD_BUDGETS = [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, False, "4", "1e-3", None]

@@ -113,7 +113,8 @@ SPECIAL: dict[str, dict] = {
         "local_attention_window_len": 8, "patcher_config": {"vocab_size": 260},
         "encoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN},
         "decoder_config": {"vocab_size": 260, "hidden_size_global": HIDDEN}},
-    "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 3, 3]}}},
+    "CohereCompassForCausalLM": {"head_dim": HIDDEN // HEADS,
+                                 "rope_parameters": {"full_attention": ROPE | {"mrope_section": [1, 1, 2]}}},
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": KV_HEADS, "clip_qkv": 8},
                         "ffn_config": {"moe_top_k": 2}},
     "HeliumForCausalLM": {"head_dim": HIDDEN // HEADS},
@@ -179,8 +180,14 @@ def tiny(name: str, seed: int = 0, attn_implementation: str = "eager") -> PreTra
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and "A_log" not in parameter_name:  # state space decays keep their meaning
             parameter.data.normal_(0, WEIGHT_STD, generator=generator)
-    # No end token, so that generation runs its full length.
-    model.generation_config.update(eos_token_id=None, pad_token_id=0, guidance_scale=1)
+    # No end token, so that generation runs its full length; the rest is what MusicGen's own generate() needs.
+    model.generation_config.update(
+        eos_token_id=None,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        num_beams=1,
+        num_return_sequences=1,
+    )
     return model
 
 

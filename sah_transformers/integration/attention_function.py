@@ -189,8 +189,8 @@ def announce(module: Any, call: Call) -> None:
     _synchronize(call.queries)
     seconds = (time.perf_counter() - start) * stop / rows * (0.5 if stop == call.shape[3] else 1.0)
     logger.warning_once(
-        f"A sparse prefill of {stop:,} queries over {call.shape[3]:,} keys takes the reference about {seconds:.1f} s in "
-        "each layer. prefill='dense' reads the prompt with dense attention instead."
+        f"A sparse prefill of {stop:,} queries over {call.shape[3]:,} keys takes the reference about {seconds:.1f} s "
+        "in each layer. prefill='dense' reads the prompt with dense attention instead."
     )
 
 

@@ -37,9 +37,7 @@ def masked_attention(
     hidden = float("-inf")
     scores = scores.masked_fill(~active, hidden)
     peak = (
-        scores.detach().amax(-1, keepdim=True)
-        if scores.shape[-1]
-        else scores.new_full(scores.shape[:-1] + (1,), hidden)
+        scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), hidden)
     )
     if sinks is not None:
         sinks = sinks.to(scores.dtype)

@@ -1,0 +1,24 @@
+"""Every test runs offline, on one thread, quietly, and leaves the registry of maskers as it found it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from sah_transformers import MaskerRegistry
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _same_registry_afterwards(monkeypatch):
+    """A test may register maskers of its own: the laws over all registered maskers must not meet them."""
+    for table in ("_maskers", "_configs"):
+        monkeypatch.setattr(MaskerRegistry, table, dict(getattr(MaskerRegistry, table)))
