@@ -153,7 +153,7 @@ def make_call(
     check_shapes(queries, keys, values)
     batch, heads, rows, dim = queries.shape
     total = keys.shape[2]
-    if sinks is not None and not (sinks.numel() == heads or sinks.dim() == 4):
+    if sinks is not None and not (tuple(sinks.shape) == (heads,) or (sinks.dim() == 4 and sinks.shape[1] == heads)):
         raise ValueError(f"sinks must have shape [{heads}] or [B|1, {heads}, Q|1, 1], got {list(sinks.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
@@ -197,7 +197,9 @@ def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
             got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{name} must be a tensor [B, heads, length, dim], got {got}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if tensor.dtype != queries.dtype:
+            raise ValueError(f"{name} must have the queries' dtype {queries.dtype}, got {tensor.dtype}")
     batch, heads, _, dim = queries.shape
     groups = keys.shape[1]
     if groups == 0 or heads % groups:

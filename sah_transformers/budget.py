@@ -18,15 +18,21 @@ def check_number(name: str, value: object, rule: str) -> None:
         ValueError: naming the field, the rule and the value.
     """
     if isinstance(value, str):
-        hint = ""
-        try:
-            number = float(value)
-            hint = f" (a string; write {number:.1e})" if math.isfinite(number) else ""
-        except ValueError:
-            pass
-        raise ValueError(f"{name} must be {rule}, got {value!r}{hint}")
+        raise ValueError(f"{name} must be {rule}, got {value!r}{_yaml_hint(value)}")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _yaml_hint(text: str) -> str:
+    """YAML reads ``1e-3`` as a string: how to write it."""
+    mantissa, _, exponent = text.lower().partition("e")
+    try:
+        if not 0.0 < float(text) <= 1.0 or not exponent:
+            return ""
+    except ValueError:
+        return ""
+    whole = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f" (a string; write {whole}e{int(exponent):+d})"
 
 
 def check_budget(name: str, value: object) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class SparseAttentionConfig:
         dense_layers: indices of layers that stay dense, negative from the end.
         min_keys: a row that sees fewer keys than this is dense.
         layers: other stacks for some layers: ``{"3": [...], "8:12": [...], "-1": [...]}``; keys are indices or
-            ranges as in a Python slice, later entries win.
+            ranges as in a Python slice; where several name a layer, the one that names the fewest layers wins.
         sliding_layers: ``"dense"``: layers that the model itself windows stay as they are; or ``"sparse"``.
         preset: name of the shipped preset this came from, or None.
 
@@ -82,7 +84,7 @@ class SparseAttentionConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:
-        """Build a config from plain data.
+        """Build a config from plain data; ``preset`` without ``maskers`` is that preset with the other fields changed.
 
         Raises:
             ValueError: for unknown fields (naming the nearest right one), unknown types, wrong values.
@@ -93,6 +95,11 @@ class SparseAttentionConfig:
         for name in data:
             if name not in known:
                 raise ValueError(unknown_name(name, "field of sparse_attention", known))
+        preset = data.get("preset")
+        if isinstance(preset, str) and "maskers" not in data:  # a preset with some fields of the user's own
+            own = {name: value for name, value in data.items() if name != "preset"}
+            named = cls.parse(preset).to_dict()
+            data = {**named, **own, "preset": None if {"dense_layers", "layers"} & set(own) else preset}
         return cls(**data)
 
     @classmethod
@@ -112,7 +119,7 @@ class SparseAttentionConfig:
             return _load_named(str(value))
         if isinstance(value, Mapping):
             return cls.from_dict(value)
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, bytes):
             return cls(maskers=tuple(value))
         raise ValueError(
             "sparse_attention must be a dict, a list of maskers, a preset's name, a path or a "
@@ -123,11 +130,10 @@ class SparseAttentionConfig:
         """The stack of one layer: its override or ``maskers``; empty for a dense layer."""
         if layer_idx in {index % num_layers for index in self.dense_layers if -num_layers <= index < num_layers}:
             return ()
-        stack = self.maskers
-        for where, other in self.layers.items():
-            if layer_idx in layers_at(where, num_layers):
-                stack = other
-        return stack
+        places = [where for where in self.layers if layer_idx in layers_at(where, num_layers)]
+        if not places:
+            return self.maskers
+        return self.layers[min(places, key=lambda where: len(layers_at(where, num_layers)))]
 
     def check_layers(self, num_layers: int) -> list[str]:
         """Raise ``ValueError`` for a layer index that a model with ``num_layers`` does not have.
@@ -146,6 +152,10 @@ class SparseAttentionConfig:
         ]
         if problems and self.preset is None:
             raise ValueError(problems[0])
+        for a, b in combinations(self.layers, 2):
+            one, other = layers_at(a, num_layers), layers_at(b, num_layers)
+            if len(one) == len(other) and set(one) & set(other) and self.layers[a] != self.layers[b]:
+                raise ValueError(f"layers: {a!r} and {b!r} name the same layer and neither is the narrower range")
         return problems
 
 
@@ -174,7 +184,7 @@ def parse_stack(stack: Any, path: str) -> Stack:
 
 def _joint(message: str) -> str:
     """Between a path and a message: a dot where the message starts with a field's name, else a colon."""
-    return "." if " must " in message.split(",")[0] or message.split(" ")[1:2] == ["is"] else ": "
+    return "." if re.match(r"[a-z]\w* (must|is missing)", message) else ": "
 
 
 def _check_count(name: str, value: object) -> None:

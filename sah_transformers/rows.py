@@ -110,8 +110,9 @@ class Rows:
             keys, safety = self.keys, 1.0
             if self.shape[2] <= 4 and self.shape[3] > 2048:
                 keys, safety = keys[:, :, :: self.shape[3] // 256], 2.0
-            query = torch.linalg.vector_norm(self.queries, dim=-1, keepdim=True, dtype=torch.float32)
-            key = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax(-1)  # [B, G]
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            query = torch.linalg.vector_norm(self.queries, dim=-1, keepdim=True, dtype=dtype)
+            key = torch.linalg.vector_norm(keys, dim=-1, dtype=dtype).amax(-1)  # [B, G]
             scale = safety * query * key.repeat_interleave(self.group_size, dim=1)[:, :, None, None]
             error = 4 * self.queries.shape[-1] ** 0.5 * 2**-24 * abs(self.context.scaling) * scale
             if self.context.softcap is not None:

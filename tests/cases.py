@@ -78,6 +78,9 @@ class Case:
         kv_heads, dtype = self.keys.shape[1], self.queries.dtype
         return f"Case({self.label}, B,H,Q,K={self.shape}, G={kv_heads}, {dtype}, {self.maskers}, {options})"
 
+    def _repr_pretty_(self, printer, cycle):  # hypothesis would print every number
+        printer.text(repr(self))
+
 
 def tensors(generator, B, H, G, Q, K, D, Dv, dtype, data):
     """Queries, keys and values of the named kind."""

@@ -43,6 +43,7 @@ those left as they are. *Not supported* is what `sah_transformers.supported(mode
 |---|---|
 | forward | logits of two prompts |
 | padded | the same, one prompt left-padded |
+| chunked | the padded prompts in two forward calls with a cache |
 | dynamic | greedy `generate()`, padded, the default cache |
 | static | greedy `generate()`, padded, `cache_implementation="static"` |
 | beams | `generate(num_beams=3)`, padded |

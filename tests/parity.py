@@ -1,10 +1,11 @@
 """Does a model answer the same with the attention "sah" as with its own "eager" attention?
 
-`outputs(model)` runs a model in every mode a user meets: plain and left-padded forward, greedy
-generation with a dynamic and a static cache, beam search. `differences(expected, actual)` compares two
-such runs. What eager itself cannot do (a static cache in some hybrids) is recorded as its exception and
-left out; what only sah cannot do is a difference. `verify(name)` does this for one class and every
-configuration that means dense attention; the tests assert its verdict and `make_model_table.py` prints it.
+`outputs(model)` runs a model in every mode a user meets: plain and left-padded forward, a prompt in two
+chunks, greedy generation with a dynamic and a static cache, beam search. `differences(expected, actual)`
+compares two such runs. What eager itself cannot do (a static cache in some hybrids) is recorded as its
+exception and left out; what only sah cannot do is a difference. `verify(name)` does this for one class and
+every configuration that means dense attention; the tests assert its verdict and `make_model_table.py`
+prints it.
 
 `using(model, attention)` runs a model on any attention function: `dense_attention`, written from
 Transformers' contract alone, and the mutants below it, which the harness must notice.
@@ -21,15 +22,15 @@ from transformers.masking_utils import sdpa_mask
 
 import sah_transformers
 
-PROMPT, REAL, NEW_TOKENS, BEAMS = 12, 7, 7, 3
-MODES = ("forward", "padded", "dynamic", "static", "beams")
+PROMPT, REAL, NEW_TOKENS, BEAMS, FIRST_CHUNK = 12, 7, 7, 3, 8
+MODES = ("forward", "padded", "chunked", "dynamic", "static", "beams")
 
 # Largest difference of two float32 runs, as a share of the largest logit. `test_parity.py` measures that
 # eager in float32 is within half of this of eager in float64, and that a wrong mask is a hundredfold beyond.
 TOLERANCE = 1e-4
 
-# With left padding the first queries that MusicGen generates from see no key at all; what attention then gives
-# is anything (eager averages hidden keys, sdpa and sah give zeros) and its static cache disagrees with its dynamic.
+# With left padding the first queries that MusicGen generates from see no key at all; what attention then
+# gives is anything (eager averages hidden keys, sdpa and sah give zeros); eager's own two caches disagree.
 PADDING_UNDEFINED = ("MusicgenForCausalLM",)
 
 CAUSAL = [{"type": "causal"}]
@@ -133,12 +134,10 @@ def prompt(model: PreTrainedModel, padded: bool) -> dict[str, torch.Tensor]:
 
 
 def outputs(model: PreTrainedModel, modes: tuple[str, ...] = MODES) -> dict[str, Output]:
-    """Each mode's output; generation takes the padded prompts."""
+    """Each mode's output; all but "forward" take the padded prompts."""
     result: dict[str, Output] = {}
     for mode in modes:
-        padded = mode == "padded"
-        if mode not in ("forward", "padded"):
-            padded = type(model).__name__ not in PADDING_UNDEFINED
+        padded = mode != "forward" and (mode == "padded" or type(model).__name__ not in PADDING_UNDEFINED)
         try:
             result[mode] = output(model, mode, prompt(model, padded))
         except Exception as error:  # whatever it is, it is the mode's outcome
@@ -150,6 +149,12 @@ def outputs(model: PreTrainedModel, modes: tuple[str, ...] = MODES) -> dict[str,
 @torch.no_grad()
 def output(model: PreTrainedModel, mode: str, inputs: dict[str, torch.Tensor]) -> Output:
     torch.manual_seed(0)
+    if mode == "chunked":
+        input_ids, attention_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        first = {"input_ids": input_ids[:, :FIRST_CHUNK], "attention_mask": attention_mask[:, :FIRST_CHUNK]}
+        cache = model(**first, **inputs, use_cache=True).past_key_values
+        rest = {"input_ids": input_ids[:, FIRST_CHUNK:], "attention_mask": attention_mask}
+        return Output(logits=model(**rest, past_key_values=cache, use_cache=True).logits)
     if mode in ("forward", "padded"):
         logits = model(**inputs).logits
         return Output(logits=logits[inputs["attention_mask"][:, -logits.shape[1] :].bool()])

@@ -21,13 +21,15 @@ STACK = [
     {"type": "local", "window_size": 3},
     {"type": "oracle_top_k", "heavy_size": 3},
 ]
+SMALL_STACK = [{"type": "local", "window_size": 1}, {"type": "oracle_top_k", "heavy_size": 1}]  # below WINDOW
 OTHER_STACK = [{"type": "sink", "sink_size": 1}, {"type": "oracle_top_p", "top_p": 0.5}]
 
 
-def build(name="LlamaForCausalLM", seed=0, dtype=torch.float64, attn="eager", **fields):
+def build(name="LlamaForCausalLM", seed=0, dtype=torch.float64, attn="sdpa", **fields):
     """A tiny random dense model; `fields` replace fields of its config."""
     config = tiny_config(name)
-    config = type(config)(**{**config.to_dict(), **fields})
+    # Tied to the embeddings, the logits of some families would say little but the last token.
+    config = type(config)(**{**config.to_dict(), "tie_word_embeddings": False, **fields})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).to(torch.float64).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +103,7 @@ def generate(model, ids, new=8, **options):
 
 def differ(a, b):
     """Whether two logits are further apart than rounding explains (float64)."""
-    return (a - b).abs().max().item() > 1e-6
+    return (a - b).abs().max().item() > 1e-4
 
 
 @dataclass

@@ -169,29 +169,34 @@ def attend_planned(
         )
 
     if rows > 1 and key.shape[2] > LONG_PREFILL:
-        announce(module, call())
+        announce(call())
     if recorder is not None:
         side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
         return recorder.sparse(module.layer_idx, call, side_bytes, weights)
     return run(call(), return_weights=weights)
 
 
-def announce(module: Any, call: Call) -> None:
-    """Say once per model how long a long sparse prefill will take, extrapolated from its last rows."""
-    if module.config.__dict__.get("_sah_announced") is not None:
+def announce(call: Call) -> None:
+    """Say once per stack how long a long sparse prefill takes, extrapolated from its last rows."""
+    what = tuple(masker.config for masker in call.maskers)
+    if what in _announced:
         return
-    rows = min(16, call.shape[2])
+    _announced.add(what)
     stop = call.shape[2]
+    rows = min(16, stop)
     _synchronize(call.queries)
     start = time.perf_counter()
     with torch.no_grad():
         call.attend(stop - rows, stop, call.queries[:, :, stop - rows :], call.keys, call.values)
     _synchronize(call.queries)
     seconds = (time.perf_counter() - start) * stop / rows * (0.5 if stop == call.shape[3] else 1.0)
-    logger.warning_once(
+    logger.warning(
         f"A sparse prefill of {stop:,} queries over {call.shape[3]:,} keys takes the reference about {seconds:.1f} s "
         "in each layer. prefill='dense' reads the prompt with dense attention instead."
     )
+
+
+_announced: set[tuple[object, ...]] = set()
 
 
 def _synchronize(tensor: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ def state_of(layer: Any) -> LayerState:
     """The side data that a cache layer carries, made on first use."""
     if "sah_state" not in layer.__dict__:
         layer.sah_state = LayerState()
-        layer.__class__ = carrying(type(layer))
+        layer.__class__ = carrying(layer.__class__)
     return layer.sah_state
 
 
@@ -113,10 +113,18 @@ def is_static(layer: Any) -> bool:
 
 
 def undo(cache: Any, keys: int, new: int) -> None:
-    """After a failure inside a forward call: take the call's keys back out of the layers that have them already."""
+    """After a failure inside a forward call: take the call's keys back out of the layers that have them already.
+
+    Rolling layers cannot give keys back and keep them.
+    """
     cache = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(cache, "layers", []):
-        if is_static(layer) or getattr(layer, "is_sliding", False) or not hasattr(layer, "crop"):
-            continue
-        if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.get_seq_length() == keys:
+    layers = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    static = [layer for layer in layers if is_static(layer)]
+    furthest = max((int(layer.cumulative_length) for layer in static), default=0)
+    for layer in static:
+        if int(layer.cumulative_length) == furthest:
+            layer.cumulative_length.sub_(new)
+    for layer in layers:
+        rolls = getattr(layer, "is_sliding", False)
+        if not is_static(layer) and not rolls and hasattr(layer, "crop") and layer.get_seq_length() == keys:
             layer.crop(-new)

@@ -39,11 +39,21 @@ class SparseAttentionProperty:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the language model inside ``config``; ``config`` itself while its parts do not exist yet."""
+    """The config of the language model inside ``config``; ``config`` itself where that is no part of it.
+
+    Transformers answers with a renamed copy for flat encoder-decoder configs, and fails while the parts of a config
+    do not exist yet.
+    """
     try:
-        return config.get_text_config(decoder=True)
+        inner = config.get_text_config(decoder=True)
     except (AttributeError, ValueError, TypeError):
         return config
+    return inner if any(part is inner for part in _parts(config)) else config
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return parts + [inner for part in parts for inner in _parts(part)]
 
 
 def sparse_data(config: Any) -> dict[str, Any] | None:

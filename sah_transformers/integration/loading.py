@@ -14,8 +14,8 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
-from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, text_config
-from sah_transformers.integration.models import attach, check_class
+from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
+from sah_transformers.integration.models import attach, check_class, refuse
 
 MARK = "_sah_wrapper"
 
@@ -67,7 +67,7 @@ def _from_pretrained(original: Callable[..., Any], cls: type[PreTrainedModel], *
     config = kwargs.get("config")
     if "sparse_attention" in kwargs and isinstance(config, PreTrainedConfig):
         kwargs["config"] = _with_keyword(config, kwargs.pop("sparse_attention"), kwargs)
-    return original(cls, *args, **kwargs)
+    return _checked(original(cls, *args, **kwargs))
 
 
 def _from_config(
@@ -75,7 +75,16 @@ def _from_config(
 ) -> Any:
     if "sparse_attention" in kwargs:
         config = _with_keyword(config, kwargs.pop("sparse_attention"), kwargs)
-    return original(cls, config, **kwargs)
+    return _checked(original(cls, config, **kwargs))
+
+
+def _checked(loaded: Any) -> Any:
+    """What loading returned (a model, or a model and its loading report), the model checked as a whole."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    config = text_config(model.config)
+    if config._attn_implementation == NAME and sparse_data(config) is not None:
+        refuse(model)
+    return loaded
 
 
 def _with_keyword(config: PreTrainedConfig, value: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:

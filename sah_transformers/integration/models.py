@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
+from sah_transformers.attention import check_kernel
 from sah_transformers.config import SparseAttentionConfig
 from sah_transformers.integration.config_property import NAME, sparse_data, text_config
 from sah_transformers.integration.plan import layer_count, never_sparse, plan_of
@@ -67,7 +68,7 @@ def attention_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if _uses_interface(type(module))
+        if _uses_interface(module.__class__)
         and isinstance(getattr(module, "layer_idx", None), int)
         and isinstance(getattr(module, "config", None), kind or object)
     ]
@@ -78,7 +79,7 @@ def why_unsupported(model: PreTrainedModel) -> str:
     modules = attention_modules(model)
     if not modules:
         return NOT_THROUGH_INTERFACE
-    if any("block_indices" in _forward_source(type(module)) for _, module in modules):
+    if any("block_indices" in _forward_source(module.__class__) for _, module in modules):
         return "it selects blocks of keys itself (block_indices)"
     if all(never_sparse(module) for _, module in modules):
         return f"every attention layer is {never_sparse(modules[0][1])}"
@@ -107,6 +108,13 @@ def check_class(kind: type[PreTrainedModel], config: Any) -> None:
         raise ValueError(f"{kind.__name__} cannot use sparse attention: {NOT_THROUGH_INTERFACE}")
 
 
+def refuse(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` with the reason for a model of which no layer can be sparse."""
+    reason = why_unsupported(model)
+    if reason:
+        raise ValueError(f"{type(model).__name__} cannot use sparse attention: {reason}")
+
+
 def attach(model: PreTrainedModel) -> None:
     """Make a built model ready: check it against its configuration and give its attention modules their hooks.
 
@@ -114,12 +122,13 @@ def attach(model: PreTrainedModel) -> None:
         ValueError: when the model cannot be sparse, an index names no layer, or nothing is left sparse.
     """
     config = text_config(model.config)
-    if config._attn_implementation != NAME or sparse_data(config) is None:
+    if config._attn_implementation != NAME:
         return
-    reason = why_unsupported(model)
-    if reason:
-        if isinstance(model, GenerationMixin):
-            raise ValueError(f"{type(model).__name__} cannot use sparse attention: {reason}")
+    if why_unsupported(model):
+        if isinstance(model, GenerationMixin):  # others may be parts of a model that is supported
+            refuse(model)
+        return
+    if sparse_data(config) is None:
         return
     modules = attention_modules(model)
     parsed = SparseAttentionConfig.from_dict(sparse_data(config) or {})
@@ -127,6 +136,7 @@ def attach(model: PreTrainedModel) -> None:
     for problem in parsed.check_layers(count):
         logger.warning_once(f"preset {parsed.preset!r}: ignored {problem}")
     layers = _report(modules)
+    check_kernel(parsed.kernel)
     wanted = parsed.maskers or parsed.layers or not isinstance(parsed.prefill, str)
     if wanted and not any(layer.sparse for layer in layers):
         lines = "\n".join(f"  {layer}" for layer in layers)
@@ -145,7 +155,7 @@ def _report(modules: list[tuple[str, Any]]) -> list[LayerSupport]:
 
 def install_hook(module: Any) -> None:
     """Let the module's forward hand its cache on to the attention function, once."""
-    if module.__dict__.get("_sah_hooked") or not _passes_keywords(type(module)):
+    if module.__dict__.get("_sah_hooked") or not _passes_keywords(module.__class__):
         return
     module.register_forward_pre_hook(hand_cache_on, with_kwargs=True)
     module.__dict__["_sah_hooked"] = True
@@ -170,7 +180,7 @@ def hand_cache_on(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
     if cache is None:
         cache = kwargs.get("layer_past")
     if cache is None:
-        at = _cache_position(type(module))
+        at = _cache_position(module.__class__)
         cache = args[at] if at is not None and at < len(args) else None
     if cache is None:
         return None
@@ -203,13 +213,11 @@ def enable(model: PreTrainedModel, sparse_attention: Any) -> PreTrainedModel:
     """
     _check_model(model)
     data = SparseAttentionConfig.parse(sparse_attention).to_dict()
-    reason = why_unsupported(model)
-    if reason:
-        raise ValueError(f"{type(model).__name__} cannot use sparse attention: {reason}")
+    refuse(model)
     before = _snapshot(model)
     for config in _configs(model):
         if config._attn_implementation != NAME:
-            config.__dict__.setdefault("_sah_before", config._attn_implementation)
+            model.__dict__["_sah_before"] = config._attn_implementation
         config._attn_implementation_internal = NAME
         config.__dict__["sparse_attention"] = data
     model.config.__dict__["sparse_attention"] = data
@@ -228,13 +236,11 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
     """
     _check_model(model)
-    fallback = None
+    before = model.__dict__.pop("_sah_before", None) or model.get_correct_attn_implementation(None)
     for config in _configs(model):
         config.__dict__.pop("sparse_attention", None)
-        before = config.__dict__.pop("_sah_before", None)
         if config._attn_implementation == NAME:
-            fallback = fallback or model.get_correct_attn_implementation(None)
-            config._attn_implementation_internal = before or fallback
+            config._attn_implementation_internal = before
     model.config.__dict__.pop("sparse_attention", None)
     return model
 
@@ -267,14 +273,14 @@ def _check_model(model: Any) -> None:
 
 
 def _snapshot(model: PreTrainedModel) -> list[tuple[Any, dict[str, Any]]]:
-    names = ("sparse_attention", "_attn_implementation_internal", "_sah_before")
+    names = ("sparse_attention", "_attn_implementation_internal")
     configs = {id(c): c for c in [model.config, *_configs(model)]}.values()
     return [(c, {name: c.__dict__[name] for name in names if name in c.__dict__}) for c in configs]
 
 
 def _restore(snapshot: list[tuple[Any, dict[str, Any]]]) -> None:
     for config, values in snapshot:
-        for name in ("sparse_attention", "_attn_implementation_internal", "_sah_before"):
+        for name in ("sparse_attention", "_attn_implementation_internal"):
             if name in values:
                 config.__dict__[name] = values[name]
             else:

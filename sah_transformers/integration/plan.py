@@ -39,7 +39,7 @@ class LayerPlan:
 
 def plan_of(module: Any) -> LayerPlan:
     """The module's plan, resolved anew when its config's ``sparse_attention`` was assigned."""
-    source = sparse_data(module.config)
+    source = sparse_data(getattr(module, "config", None))
     plan = module.__dict__.get("_sah_plan")
     if plan is None or plan.source is not source:
         plan = _resolve(module, source)
@@ -74,7 +74,7 @@ def _resolve(module: Any, source: Any) -> LayerPlan:
         prefill = config.prefill
     else:
         prefill = tuple(MaskerRegistry.create_masker(c) for c in config.prefill)
-    if not stack and isinstance(prefill, str):
+    if not stack and (isinstance(prefill, str) or config.maskers):
         return replace(plan, dense="no maskers")
     return replace(plan, maskers=stack, prefill=prefill)
 
@@ -85,7 +85,7 @@ def never_sparse(module: Any) -> str:
         return "it has no layer index"
     if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
         return "cross attention"
-    if getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False):
+    if getattr(module, "is_causal", True) is False:
         return "not causal"
     return ""
 

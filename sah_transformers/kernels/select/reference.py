@@ -68,7 +68,7 @@ def top_p_thresholds(weights: torch.Tensor, top_p: float) -> torch.Tensor:
         top_p: a float in [0, 1].
 
     Returns:
-        ``[..., 1]`` in the dtype of ``weights``; inf for rows without any weight.
+        ``[..., 1]`` in the dtype of ``weights``; inf where n is 0.
 
     Raises:
         ValueError: for a ``top_p`` that is no float in [0, 1].
@@ -78,6 +78,8 @@ def top_p_thresholds(weights: torch.Tensor, top_p: float) -> torch.Tensor:
         tensor([0.2000])
     """
     check_top_p(top_p)
+    if weights.shape[-1] == 0:
+        return weights.new_full((*weights.shape[:-1], 1), float("inf"))
     held = torch.zeros((), dtype=torch.float64, device=weights.device)
     return _thresholds(weights, top_p, held)[0]
 
@@ -118,9 +120,9 @@ def select_top_p(
         return torch.zeros_like(weights, dtype=torch.bool), None
     weights = weights.nan_to_num(nan=0.0)
     before = torch.zeros((), device=weights.device) if held is None else held
-    threshold, slack = _thresholds(weights, top_p, before.double())
+    threshold, slack, nothing = _thresholds(weights, top_p, before.double())
     rounded = weights.float()
-    low = threshold.float()
+    low = threshold.float().masked_fill(nothing, float("inf"))
     if margin is not None:
         close = (rounded >= low * (1 - 2 * margin)) & (rounded <= low * (1 + 2 * margin))
         undecided = (close.sum(-1, keepdim=True) > 1) | (slack <= 4 * margin)
@@ -132,26 +134,24 @@ def select_top_p(
     return selected, None
 
 
-def _thresholds(weights: torch.Tensor, top_p: float, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Threshold ``[..., 1]`` of each row and how close its decision was, as a share of the mass."""
-    if weights.shape[-1] == 0:
-        return weights.new_full((*weights.shape[:-1], 1), float("inf")), held
+def _thresholds(
+    weights: torch.Tensor, top_p: float, held: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row, ``[..., 1]``: the threshold, how close its decision was (a share of the mass), and whether the row
+    takes nothing because it has no mass or holds enough already."""
     ordered = weights.sort(dim=-1, descending=True).values
     mass = ordered.cumsum(-1, dtype=torch.float64)
     total = mass[..., -1:] + held
-    share = (mass + held) / total
+    nothing = total - held <= 0
     if top_p == 1.0:
-        threshold = ordered[..., -1:]
-        return threshold.masked_fill(total <= 0, float("inf")), share[..., :1]
+        return ordered[..., -1:], torch.ones_like(total), nothing
     target = top_p - REACHED
+    share = (mass + held) / total
     position = (share < target).sum(-1, keepdim=True).clamp(max=weights.shape[-1] - 1)
     threshold = ordered.gather(-1, position)
-    nothing = total - held <= 0
+    slack = (share - target).abs().amin(-1, keepdim=True)
     if top_p > 0:
         start = held / total
         nothing = nothing | ((start >= target) & (held > 0))
-    threshold = threshold.masked_fill(nothing, float("inf"))
-    slack = (share - target).abs().amin(-1, keepdim=True)
-    if top_p > 0:
-        slack = torch.minimum(slack, torch.where(held > 0, (held / total - target).abs(), torch.ones_like(total)))
-    return threshold, slack
+        slack = torch.minimum(slack, torch.where(held > 0, (start - target).abs(), 1.0))
+    return threshold, slack, nothing

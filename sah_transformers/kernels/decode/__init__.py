@@ -1,0 +1,109 @@
+"""Attention of few queries over long caches, realising a stack of maskers without a mask.
+
+Contract: ``decode(call)`` equals ``attention.run(call)[0]`` for every call that ``why_not`` has nothing against, up to
+the rounding of scores: exactly the budgeted number of keys per row, equal scores taken lower position first, the same
+bits in every run. Shapes ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]`` -> ``[B, Q, H, Dv]``; D and Dv up to
+256, Q up to 16, K up to 2**20, float16, bfloat16, float32; caches with any strides whose head dimension is contiguous.
+Nothing waits for the device, so a call can be captured in a CUDA graph. Scratch is about ``4 * B * H * Q * K`` bytes
+where keys are selected by score.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from sah_transformers.kernels.decode.stack import read_stack
+
+if TYPE_CHECKING:
+    from sah_transformers.attention import Call
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_QUERIES = 16
+MOST_KEYS = 2**20
+MOST_SCRATCH = 2**30
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+__all__ = ["decode", "why_not"]
+
+
+def why_not(call: Call) -> str:
+    """Why these kernels cannot take ``call``, or "" when they can."""
+    queries, keys, values = call.queries, call.keys, call.values
+    sight = call.visibility
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {queries.device.type}, not on a CUDA device"
+    if queries.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(queries.device) < (8, 0)):
+        return "the device is older than compute capability 8.0"
+    if queries.shape[2] > MOST_QUERIES:
+        return f"the call has {queries.shape[2]} queries, more than {MOST_QUERIES}"
+    if min(*queries.shape, *keys.shape, *values.shape) == 0:
+        return "a dimension is empty"
+    if keys.shape[2] > MOST_KEYS:
+        return f"the cache has {keys.shape[2]} keys, more than {MOST_KEYS}"
+    if 4 * queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] > MOST_SCRATCH:
+        return "scores of all rows would need more than 1 GiB"
+    if queries.dtype not in DTYPES or not queries.dtype == keys.dtype == values.dtype:
+        return f"the dtypes are {queries.dtype}, {keys.dtype}, {values.dtype}; one of float16, bfloat16, float32 is needed"
+    if max(queries.shape[3], values.shape[3]) > 256:
+        return f"head dimensions are {queries.shape[3]} and {values.shape[3]}, more than 256"
+    if queries.stride(3) != 1 or keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the head dimension of a tensor is not contiguous"
+    if call.dropout:
+        return "dropout is on"
+    if call.previous is not None:
+        return "the call starts from a previous mask"
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
+        return "gradients are needed"
+    if sight.position_bias is not None or sight.indices is not None:
+        return "the call has a position bias or a list of keys per row"
+    if sight.mask is not None and (sight.mask.dtype != torch.bool or sight.mask.shape[1] != 1):
+        return "the attention mask is additive or differs between heads"
+    if sight.mask is not None and sight.valid is not None:
+        return "the call has two masks"
+    if call.sinks is not None and (call.sinks.dim() != 1 or call.sinks.requires_grad):
+        return "learned sinks differ between sequences or rows, or need gradients"
+    if call.min_keys > 1 and sight.is_prefix() and call.min_keys > keys.shape[2] - queries.shape[2] + 1:
+        return f"rows see fewer than min_keys = {call.min_keys} keys"
+    stack = read_stack((masker.describe() for masker in call.maskers), queries.shape[1] // keys.shape[1])
+    return stack if isinstance(stack, str) else ""
+
+
+def decode(call: Call) -> torch.Tensor:
+    """Attention of every row over the keys that the stack selects, ``[B, Q, H, Dv]``.
+
+    Raises:
+        ValueError: with the reason, for a call that these kernels cannot take.
+    """
+    reason = why_not(call)
+    if reason:
+        raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
+    from sah_transformers.kernels.decode.kernel import Inputs, decode_rows
+
+    sight = call.visibility
+    mask = sight.mask[:, 0] if sight.mask is not None else None
+    if sight.valid is not None:
+        mask = sight.valid[:, None]
+    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
+    assert not isinstance(stack, str)
+    inputs = Inputs(
+        q=call.queries,
+        k=call.keys,
+        v=call.values,
+        mask=mask,
+        sinks=None if call.sinks is None else call.sinks.contiguous(),
+        causal=sight.is_causal,
+        scaling=call.context.scaling,
+        softcap=call.context.softcap,
+        least=call.min_keys,
+        stack=stack,
+    )
+    if call.queries.is_cuda and torch.cuda.current_device() != call.queries.device.index:
+        with torch.cuda.device(call.queries.device):
+            return decode_rows(inputs)
+    return decode_rows(inputs)

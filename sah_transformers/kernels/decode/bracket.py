@@ -1,0 +1,202 @@
+"""Where the cut of each row probably lies: a bracket from a sample, so that few keys need a histogram.
+
+A bracket is a line ``x = value * scale + offset`` that maps it onto ``[0, BINS)``. A wrong bracket costs time, never
+exactness: the threshold stage sees that the counts do not fit and finds the cut another way.
+"""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.decode.limits import limits_of, size_of
+from sah_transformers.kernels.decode.score import capped
+from sah_transformers.kernels.decode.values import order_of, wanted_mass
+
+NOTHING = tl.constexpr(-3.0e38)  # offset of a line that maps every value below the bracket
+SIGMAS = tl.constexpr(4.5)
+
+
+@triton.jit
+def sample_positions(first_end, last_start, SAMPLES: tl.constexpr):
+    """One jittered position in each of ``SAMPLES`` equal parts of ``[first_end, last_start)``."""
+    o = tl.arange(0, SAMPLES)
+    jitter = (o * 40503) & 0xFFFF
+    return first_end + (((o * 65536 + jitter).to(tl.int64) * (last_start - first_end)) // (SAMPLES * 65536)).to(
+        tl.int32
+    )
+
+
+@triton.jit
+def count_bracket(b_x, m_x, share):
+    """(low, high) around the value that a ``share`` of the population exceeds; ``b_x`` are samples where ``m_x``."""
+    n = tl.sum(m_x.to(tl.int32)).to(tl.float32)
+    expected = n * share
+    spread = SIGMAS * tl.sqrt(expected * (1 - share) + 0.25)
+    few, many = expected - spread - 1, expected + spread + 2
+    smallest = tl.min(tl.where(m_x, b_x, float("inf")))
+    largest = tl.max(tl.where(m_x, b_x, float("-inf")))
+    o = tl.arange(0, 32)
+    upper = o < 16
+    wanted = tl.where(upper, few + 1, many)
+    low, high = smallest, smallest
+    width = largest - smallest
+    for _ in tl.static_range(3):  # both ends at once, to 1/4096 of the sample's range
+        width = width / 16
+        b_pivot = tl.where(upper, high, low) + width * (o % 16 + 1).to(tl.float32)
+        count = tl.sum((m_x[:, None] & (b_x[:, None] >= b_pivot[None, :])).to(tl.int32), 0).to(tl.float32)
+        reached = count >= wanted
+        high += width * tl.sum((reached & upper).to(tl.int32)).to(tl.float32)
+        low += width * tl.sum((reached & (o >= 16)).to(tl.int32)).to(tl.float32)
+    low = tl.where(many > n, smallest - 0.5 * (largest - smallest), low)
+    high = tl.where(few < 0, largest + 2 * (largest - low), high + width)
+    return low, high
+
+
+@triton.jit
+def store_line(lines, E, i_e, low, high, BINS: tl.constexpr):
+    """The line that maps ``[low, high)`` onto the bins; none when the two are equal or not finite."""
+    width = high - low
+    good = (width > 0) & (width < 3.0e38) & (BINS / width < 3.0e38)
+    scale = tl.where(good, BINS / tl.where(good, width, 1.0), 1.0)
+    tl.store(lines + i_e, scale)
+    tl.store(lines + E + i_e, tl.where(good, -low * scale, NOTHING))
+
+
+@triton.jit(do_not_specialize=["K", "B", "sk_b", "sk_g", "first", "first_share", "last", "last_share", "size", "share"])
+def sample_keys_kernel(
+    q, k, mask, limits, lines, histogram, K, B, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
+    scaling, softcap, first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    SAMPLES: tl.constexpr, SLICE: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Bracket of a row's ``size``-th best score from the scores of sampled keys; one program per row."""
+    i_r = tl.program_id(0)
+    i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
+    n, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
+    tl.store(histogram + i_r.to(tl.int64) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+    if ALIGNED:
+        sk_b, sk_g, sk_k = tl.multiple_of(sk_b, 8), tl.multiple_of(sk_g, 8), tl.multiple_of(sk_k, 8)
+    o_k = sample_positions(first_end, tl.maximum(last_start, first_end), SAMPLES)
+    m_k = (o_k < last_start) & (o_k < K)
+    if MASKED:
+        p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q
+        m_k = m_k & (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0)
+    p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
+    p_k = k + i_b.to(tl.int64) * sk_b + (i_h // (H // G)).to(tl.int64) * sk_g
+    b_s = tl.zeros([SAMPLES], tl.float32)
+    for i_d in tl.static_range(0, BD, SLICE):
+        o_d = i_d + tl.arange(0, SLICE)
+        b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        p_kd = p_k + o_k[:, None].to(tl.int64) * sk_k + o_d[None, :]
+        b_k = tl.load(p_kd, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+        b_s += tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+    b_s = capped(b_s * scaling, softcap, SOFTCAP)
+    wanted = size_of(n, size, share)
+    low, high = count_bracket(b_s, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
+    store_line(lines, B * H * Q, i_r, low, high, BINS)
+
+
+@triton.jit
+def mass_bracket(b_x, b_e, m_x, factor, left, peak):
+    """(low, high) around the value below which the mass is ``left``; each sample of mass ``b_e`` stands for ``factor``.
+
+    The mass below the cut is estimated, not the one above it: it consists of many small terms.
+    """
+    smallest = tl.min(tl.where(m_x, b_x, float("inf")))
+    largest = tl.max(tl.where(m_x, b_x, float("-inf")))
+    o = tl.arange(0, 32)
+    upper = o < 16
+    low, high = smallest, smallest
+    width = largest - smallest
+    for _ in tl.static_range(3):
+        width = width / 16
+        b_pivot = tl.where(upper, high, low) + width * (o % 16 + 1).to(tl.float32)
+        b_below = tl.where(m_x[:, None] & (b_x[:, None] < b_pivot[None, :]), b_e[:, None], 0.0)
+        below = tl.sum(b_below, 0)
+        one = tl.exp(b_pivot - peak)
+        spread = SIGMAS * tl.sqrt((tl.sum(b_below * b_below, 0) + one * one) * tl.maximum(1 - 1 / factor, 0.0))
+        reached = tl.where(upper, (below - spread) * factor < left, (below + spread) * factor <= left)
+        high += width * tl.sum((reached & upper).to(tl.int32)).to(tl.float32)
+        low += width * tl.sum((reached & (o >= 16)).to(tl.int32)).to(tl.float32)
+    high += width
+    low = tl.where(low <= smallest, smallest - 0.1 * (largest - smallest), low)
+    high = tl.where(high >= largest, peak + 0.01 * (peak - low), high)
+    return low, high
+
+
+@triton.jit
+def row_totals(peaks, masses, stats, R, i_r, chunks, CHUNKS: tl.constexpr):
+    """Reduce the chunks of a row to ``stats [3, R]``: peak, free mass, band mass relative to the peak."""
+    o = tl.arange(0, CHUNKS)
+    p = i_r.to(tl.int64) * chunks + o
+    b_peak = tl.load(peaks + p, mask=o < chunks, other=float("-inf"))
+    peak = tl.max(b_peak)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that sees nothing
+    b_w = tl.exp(b_peak - peak)
+    free = tl.sum(tl.load(masses + p, mask=o < chunks, other=0.0) * b_w)
+    band = tl.sum(tl.load(masses + R.to(tl.int64) * chunks + p, mask=o < chunks, other=0.0) * b_w)
+    tl.store(stats + i_r, peak)
+    tl.store(stats + R + i_r, free)
+    tl.store(stats + 2 * R + i_r, band)
+    return peak, free, band
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K",
+        "B",
+        "stride",
+        "chunks",
+        "top_p",
+        "first",
+        "first_share",
+        "last",
+        "last_share",
+        "size",
+        "share",
+    ]
+)
+def sample_scores_kernel(
+    scores, limits, lines, histogram, peaks, masses, stats,
+    K, B, stride, chunks, top_p, first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    MASS: tl.constexpr, TOTAL: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Bracket of a selection row from stored scores: of one head by mass, or of a group by summed softmax."""
+    i_e = tl.program_id(0)
+    R = B * H * Q
+    E = R if MASS else B * G * Q
+    tl.store(histogram + i_e.to(tl.int64) * BINS + tl.arange(0, BINS), tl.zeros([BINS], histogram.dtype.element_ty))
+    i_q = i_e % Q
+    i_b = i_e // (E // B)
+    n, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    last_start = tl.maximum(last_start, first_end)
+    o_k = sample_positions(first_end, last_start, SAMPLES)
+    m_k = (o_k < last_start) & (o_k < K)
+    if MASS:
+        peak, free, band = row_totals(peaks, masses, stats, R, i_e, chunks, CHUNKS)
+        b_s = tl.load(scores + i_e.to(tl.int64) * stride + o_k, mask=m_k, other=float("-inf"))
+        m_k = m_k & (b_s > float("-inf"))
+        factor = (last_start - first_end).to(tl.float32) / SAMPLES
+        left = free - wanted_mass(free, band, top_p, TOTAL)
+        low, high = mass_bracket(b_s, tl.exp(b_s - peak), m_k, tl.maximum(factor, 1.0), left, peak)
+        tl.store(lines + 2 * E + i_e, high)
+    else:
+        i_r = (i_e // Q) * (H // G * Q) + i_q
+        b_mass = tl.zeros([SAMPLES], tl.float32)
+        for _ in range(0, H // G):
+            peak, free, band = row_totals(peaks, masses, stats, R, i_r, chunks, CHUNKS)
+            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_k, mask=m_k, other=float("-inf"))
+            m_k = m_k & (b_s > float("-inf"))
+            b_mass += tl.exp(b_s - peak) / tl.maximum(free + band, 1.0)
+            i_r += Q
+        wanted = size_of(n, size, share)
+        candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
+        share_of = wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32)
+        low, high = count_bracket(order_of(b_mass), m_k, share_of)
+    store_line(lines, E, i_e, low, high, BINS)

@@ -1,0 +1,73 @@
+"""The exact cut among the listed keys of the boundary bin, and the sum of all partial results."""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.decode.values import fixed_mass
+
+
+@triton.jit(do_not_specialize=["K", "B", "stride", "splits", "sv_b", "sv_g"])
+def combine_kernel(
+    values, scores, lines, bounds, needs, stats, list_pos, list_val, list_count, chosen, sums, totals, sinks, out,
+    K, B, stride, splits, sv_b, sv_g, sv_k,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    KIND: tl.constexpr, SINKS: tl.constexpr, ALIGNED: tl.constexpr, FIXED: tl.constexpr, LIST: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """One row. Ranks its listed keys (ties: lower position first), takes those it needs, in order of rank."""
+    i_r = tl.program_id(0)
+    i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
+    i_bg = i_b * G + i_h // (H // G)
+    i_e = i_bg * Q + i_q if KIND == "group" else i_r
+    E = B * G * Q if KIND == "group" else B * H * Q
+    if ALIGNED:
+        sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
+    o_d = tl.arange(0, BDV)
+    peak = tl.load(stats + i_r)
+    b_acc, b_total = tl.zeros([BDV], tl.float32), tl.zeros([BS], tl.float32)
+    for i_s in range(0, splits, BS):
+        o_s = i_s + tl.arange(0, BS)
+        p_s = i_r.to(tl.int64) * splits + o_s
+        b_part = tl.load(
+            sums + p_s[:, None] * DV + o_d[None, :], mask=(o_s < splits)[:, None] & (o_d < DV)[None, :], other=0.0
+        )
+        b_acc += tl.sum(b_part, 0)
+        b_total += tl.load(totals + p_s, mask=o_s < splits, other=0.0)
+    total = tl.sum(b_total)
+    n = tl.minimum(tl.load(list_count + i_e), LIST)
+    if n > 0:
+        o = tl.arange(0, LIST)
+        p_pos, p_val = list_pos + i_e * LIST, list_val + i_e * LIST
+        b_pos, b_val = tl.load(p_pos + o, mask=o < n, other=0), tl.load(p_val + o, mask=o < n, other=float("-inf"))
+        b_val, b_other = b_val[:, None], tl.load(p_val + o, mask=o < n, other=float("-inf"))[None, :]
+        b_spot, b_next = b_pos[:, None], tl.load(p_pos + o, mask=o < n, other=0)[None, :]
+        m_pair = (o < n)[:, None] & (o < n)[None, :]
+        m_more = m_pair & (b_other > b_val)
+        b_rank = tl.sum((m_more | (m_pair & (b_other == b_val) & (b_next < b_spot))).to(tl.int32), 1)
+        need = tl.load(needs + i_e)
+        if KIND == "mass":
+            b_fixed = fixed_mass(b_other, tl.load(lines + 2 * E + i_e), FIXED)
+            m_take = tl.sum(tl.where(m_more, b_fixed, 0), 1) < need
+        else:
+            m_take = b_rank < need
+        tl.store(chosen + i_r * LIST + b_rank, tl.where(m_take, b_pos, -1), mask=o < n)
+        tl.debug_barrier()
+        p_v = values + (i_bg // G).to(tl.int64) * sv_b + (i_bg % G).to(tl.int64) * sv_g
+        b_more = tl.zeros([BT], tl.float32)
+        for i_t in range(0, n, BT):
+            o_t = i_t + tl.arange(0, BT)
+            o_v = tl.load(chosen + i_r * LIST + o_t, mask=o_t < n, other=-1)
+            m_t = o_v >= 0
+            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_v, mask=m_t, other=float("-inf"))
+            b_w = tl.where(m_t, tl.exp(b_s - peak), 0.0)
+            p_vt = p_v + o_v[:, None].to(tl.int64) * sv_k + o_d[None, :]
+            b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
+            b_acc += tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
+            b_more += b_w
+        total += tl.sum(b_more)
+    if SINKS:
+        sink = tl.load(sinks + i_h).to(tl.float32)
+        total += tl.where(total > 0, tl.exp(tl.minimum(sink - peak, 80.0)), 0.0)
+    b_out = b_acc / tl.where(total > 0, total, 1.0)
+    p_out = out + ((i_b * Q + i_q) * H + i_h).to(tl.int64) * DV + o_d
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_d < DV)

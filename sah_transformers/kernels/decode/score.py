@@ -1,0 +1,119 @@
+"""Scores of every key, read once: stored in float32, with what the cut needs to know of each chunk of keys."""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.decode.limits import limits_of, reach_of
+
+
+@triton.jit
+def capped(b_s, softcap, SOFTCAP: tl.constexpr):
+    """``softcap * tanh(s / softcap)`` where the model has one."""
+    if SOFTCAP:
+        b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
+        b_t = softcap * (1.0 - b_e) / (1.0 + b_e)
+        b_s = tl.where(b_s < 0, -b_t, b_t)
+    return b_s
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K",
+        "B",
+        "stride",
+        "chunks",
+        "sk_b",
+        "sk_g",
+        "sm_b",
+        "sm_q",
+        "first",
+        "first_share",
+        "last",
+        "last_share",
+    ]
+)
+def score_kernel(
+    q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses,
+    K, B, stride, chunks, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
+    scaling, softcap, first, first_share, last, last_share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One KV head, ``BM`` of its rows, ``TILES * BN`` keys.
+
+    Stores ``scores [R, stride]`` (-inf where invisible) and per chunk ``peaks [R, chunks]``. Without ``MASSES`` it
+    counts the candidates above the bracket, ``aboves [R, chunks]``, and adds those inside to ``histogram``; with it,
+    it sums ``exp(score - peak)`` of the candidates and of the bands, ``masses [2, R, chunks]``.
+    """
+    i_c, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_g = i_bg // G, i_bg % G
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < H // G * Q
+    o_q = o_m % Q
+    o_h = i_g * (H // G) + o_m // Q
+    o_r = i_bg * (H // G * Q) + o_m
+    if ALIGNED:
+        sk_b, sk_g, sk_k = tl.multiple_of(sk_b, 8), tl.multiple_of(sk_g, 8), tl.multiple_of(sk_k, 8)
+        stride = tl.multiple_of(stride, 16)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    p_k = k + i_b.to(tl.int64) * sk_b + i_g.to(tl.int64) * sk_g
+    _, first_end, last_start = limits_of(
+        limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    reach = tl.minimum(reach_of(o_q, K, Q, CAUSAL), K)
+    b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
+    if MASSES:
+        b_free, b_band = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    else:
+        b_above = tl.zeros([BM, BN], tl.int32)
+        scale = tl.load(lines + o_r, mask=m_m, other=1.0)
+        offset = tl.load(lines + B * H * Q + o_r, mask=m_m, other=0.0)
+    for i_t in tl.range(0, TILES, num_stages=STAGES):
+        o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
+        p_kt = p_k + o_k[:, None].to(tl.int64) * sk_k + o_d[None, :]
+        b_k = tl.load(p_kt, mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
+        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling, softcap, SOFTCAP)
+        m_s = o_k[None, :] < reach[:, None]
+        if MASKED:
+            if Q == 1:
+                p_mask = mask + i_b.to(tl.int64) * sm_b + o_k.to(tl.int64) * sm_k
+                m_s = m_s & (tl.load(p_mask, mask=o_k < K, other=0) != 0)[None, :]
+            else:
+                p_mask = (
+                    mask + i_b.to(tl.int64) * sm_b + o_q[:, None].to(tl.int64) * sm_q + o_k[None, :].to(tl.int64) * sm_k
+                )
+                m_s = m_s & (tl.load(p_mask, mask=m_s, other=0) != 0)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        p_s = scores + o_r[:, None].to(tl.int64) * stride + o_k[None, :]
+        tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride)[None, :])
+        m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
+        if MASSES:
+            b_new = tl.maximum(b_peak, b_s)
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_shrink, b_e = tl.exp(b_peak - b_safe), tl.exp(b_s - b_safe)
+            b_free = b_free * b_shrink + tl.where(m_free, b_e, 0.0)
+            b_band = b_band * b_shrink + tl.where(m_free, 0.0, b_e)
+            b_peak = b_new
+        else:
+            b_peak = tl.maximum(b_peak, b_s)
+            b_x = tl.fma(b_s, scale[:, None] + tl.zeros_like(b_s), offset[:, None] + tl.zeros_like(b_s))
+            m_above = m_free & (b_x >= BINS)
+            m_inside = m_free & (b_x >= 0) & (b_x < BINS) & m_m[:, None]
+            b_above += m_above.to(tl.int32)
+            p_bin = histogram + o_r[:, None].to(tl.int64) * BINS + tl.where(m_inside, b_x, 0.0).to(tl.int32)
+            tl.atomic_add(p_bin, 1, mask=m_inside, sem="relaxed")
+    peak = tl.max(b_peak, 1)
+    o_out = o_r.to(tl.int64) * chunks + i_c
+    tl.store(peaks + o_out, peak, mask=m_m)
+    if MASSES:
+        b_shrink = tl.exp(b_peak - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        tl.store(masses + o_out, tl.sum(b_free * b_shrink, 1), mask=m_m)
+        o_out += (B * H * Q).to(tl.int64) * chunks
+        tl.store(masses + o_out, tl.sum(b_band * b_shrink, 1), mask=m_m)
+    else:
+        tl.store(aboves + o_out, tl.sum(b_above, 1), mask=m_m)

@@ -1,0 +1,66 @@
+"""Launch parameters per class of shapes, measured on an H100 (docs/kernels.md); kept here so that nothing is searched
+at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the stages of a decode call are cut into programs.
+
+    Attributes:
+        tile, tiles, score_warps, score_stages: keys per tile, tiles per program of the score stage.
+        samples, bins, listed: keys sampled per row, bins of the histogram, keys that the boundary list holds.
+        chunk, gather_programs, gather_warps, rows: keys compacted at once, programs to aim for, values per step.
+        stream_tile, stream_programs, stream_warps, stream_stages: the same for streaming all values.
+        band_tile, band_keys, band_warps: keys per tile and per program of the bands.
+    """
+
+    tile: int = 128
+    tiles: int = 2
+    score_warps: int = 4
+    score_stages: int = 2
+    samples: int = 512
+    sample_warps: int = 8
+    bins: int = 1024
+    listed: int = 64
+    histogram_chunk: int = 1024
+    threshold_warps: int = 8
+    chunk: int = 512
+    gather_programs: int = 2048
+    gather_warps: int = 1
+    rows: int = 32
+    group_rows: int = 32
+    stream_tile: int = 64
+    stream_programs: int = 1056
+    stream_warps: int = 4
+    stream_stages: int = 2
+    combine_warps: int = 4
+    band_tile: int = 64
+    band_programs: int = 128
+    band_warps: int = 4
+
+
+def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
+    """Parameters for a kind of stack, bytes per element, padded head dimension and number of keys."""
+    if keys <= 4096:
+        bins, listed = 256, 64
+    elif keys <= 2**18:
+        bins, listed = 1024, 64
+    else:
+        bins, listed = 2048, 128
+    wide = itemsize * dim
+    tile = max(16, min(128, 128 * 256 // wide)) if itemsize == 2 else max(16, min(64, 64 * 256 // wide))
+    slim = max(16, min(64, 64 * 256 // wide))
+    return Tuning(
+        tile=tile,
+        samples=512 if kind == "best" else 2048,
+        bins=bins,
+        listed=listed,
+        rows=max(8, min(32, 32 * 256 // wide)),
+        group_rows=max(16, min(32, 32 * 256 // wide)),
+        stream_tile=slim,
+        band_tile=slim,
+    )

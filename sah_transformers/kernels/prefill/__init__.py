@@ -1,0 +1,101 @@
+"""Prefill: attention of many queries over what a stack of First, Last, Everything and one Best selects.
+
+Contract of ``prefill(call) -> out``: ``call`` as ``attention.make_call`` checked it, ``queries [B, H, Q, D]``, ``keys
+[B, G, K, D]``, ``values [B, G, K, Dv]`` of one dtype (float16, bfloat16, float32), any strides; ``out [B, Q, H, Dv]``
+in that dtype. D and Dv up to 256; every row sees a prefix of the keys (causal or not); rows without keys give zeros.
+Budgets and ties are those of ``kernels.select``; scores are float32 sums of exact products. Memory beyond inputs
+and output is at most about 1.3 GiB, nothing waits for the device, and two runs give the same bits.
+
+``why_not(call)`` names what is not covered: padding and masks, position bias, index lists, previous masks, dropout,
+gradients, Mass, group selection, two scored maskers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from sah_transformers.kernels.prefill.stack import Stack, stack_of
+
+if TYPE_CHECKING:
+    from sah_transformers.attention import Call
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_DIM = 256
+
+__all__ = ["prefill", "why_not"]
+
+
+def why_not(call: Call) -> str:
+    """Why the kernels cannot take this call; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    stack = stack_of([masker.describe() for masker in call.maskers])
+    if isinstance(stack, str):
+        return stack
+    return _why_not_tensors(call) or _why_not_rows(call) or _why_not_best(call, stack)
+
+
+def _why_not_tensors(call: Call) -> str:
+    queries, keys, values = call.queries, call.keys, call.values
+    if queries.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {queries.device.type}"
+    if torch.version.hip is not None:
+        return "the device is no NVIDIA GPU"
+    if queries.dtype not in DTYPES or keys.dtype != queries.dtype or values.dtype != queries.dtype:
+        return f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype} are not one of float16, bfloat16, float32"
+    if not (1 <= queries.shape[-1] <= MAX_DIM and 1 <= values.shape[-1] <= MAX_DIM):
+        return f"head dimensions {queries.shape[-1]}, {values.shape[-1]} are beyond {MAX_DIM}"
+    if min(call.shape) == 0:
+        return "there are no queries or no keys"
+    if call.shape[0] * call.shape[1] > 65535:
+        return "batch times heads is beyond 65,535"
+    tensors = (queries, keys, values, call.sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "gradients are asked for"
+    return ""
+
+
+def _why_not_rows(call: Call) -> str:
+    visibility = call.visibility
+    if not visibility.is_prefix():
+        return "a mask or padding hides keys"
+    if visibility.position_bias is not None:
+        return "a position bias is added"
+    if call.previous is not None:
+        return "the stack starts from a mask"
+    if call.dropout:
+        return "dropout is asked for"
+    if call.sinks is not None and call.sinks.dim() != 1:
+        return "learned sinks differ between rows"
+    return ""
+
+
+def _why_not_best(call: Call, stack: Stack) -> str:
+    if stack.best is None:
+        return ""
+    if stack.best.group and call.queries.shape[1] != call.keys.shape[1]:
+        return "keys are ranked per KV head"
+    if call.context.scaling <= 0:
+        return "the scaling is not positive"
+    return ""
+
+
+def prefill(call: Call, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of a call that ``why_not`` accepts.
+
+    Args:
+        call: the checked call.
+        counts: int32 ``[B, H, Q]``, receives how many keys each row attended to (for tests and measurements).
+
+    Returns:
+        ``[B, Q, H, Dv]`` in the queries' dtype.
+    """
+    from sah_transformers.kernels.prefill.launch import launch
+
+    stack = stack_of([masker.describe() for masker in call.maskers])
+    assert isinstance(stack, Stack)
+    return launch(call, stack, counts)

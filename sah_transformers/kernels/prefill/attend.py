@@ -1,0 +1,148 @@
+"""Triton: one flash pass over the bands of each row and the keys above its cut."""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.prefill.rows import band_bounds, load_columns, load_rows, products, visible_keys
+
+LOWEST = tl.constexpr(-3.0e38)
+"""Where the running maximum starts: finite, so that a row without keys subtracts nothing undefined."""
+
+
+@triton.jit
+def capped(b_s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits of ``b_s`` = q·k, times log2(e)."""
+    if SOFTCAP:
+        b_x = b_s * (scale / softcap)
+        return (1.0 - 2.0 / (tl.exp(2.0 * b_x) + 1.0)) * (softcap * 1.4426950408889634)
+    else:
+        return b_s * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def attend_tiles(
+    b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, i_first, i_last, K, stride_k, stride_v,
+    scale, softcap, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    EDGE: tl.constexpr, CUT: tl.constexpr, TIES: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the tiles of keys from ``i_first`` to ``i_last`` into the running softmax.
+
+    EDGE tiles may hold ends of bands or of what is visible; all keys of the others are candidates of every row.
+    """
+    o_n = tl.arange(0, BN)
+    o_v = tl.arange(0, BV)
+    for i_n in range(i_first, i_last, BN):
+        i_n = tl.multiple_of(i_n, BN)
+        o_k = i_n + o_n
+        b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
+        b_s = products(b_q, b_k, PRECISION)
+        if CUT:
+            keep = b_s >= b_cut[:, None]
+            if TIES:
+                keep = keep & ((b_s > b_cut[:, None]) | (o_k[None, :] <= b_tie[:, None]))
+            if EDGE:
+                keep = keep | (o_k[None, :] < b_stop[:, None]) | (o_k[None, :] >= b_start[:, None])
+                keep = keep & (o_k[None, :] < b_n[:, None])
+        else:
+            keep = (o_k[None, :] < b_stop[:, None]) | (o_k[None, :] >= b_start[:, None])
+            keep = keep & (o_k[None, :] < b_n[:, None])
+        b_x = tl.where(keep, b_s if not SOFTCAP else capped(b_s, scale, softcap, SOFTCAP), float("-inf"))
+        if SOFTCAP:
+            b_new = tl.maximum(b_m, tl.max(b_x, 1))
+            b_p = tl.exp2(b_x - b_new[:, None])
+        else:
+            factor = scale * 1.4426950408889634
+            b_new = tl.maximum(b_m, tl.max(b_x, 1) * factor)
+            b_p = tl.exp2(b_x * factor - b_new[:, None])
+        b_alpha = tl.exp2(b_m - b_new)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        b_acc = b_acc * b_alpha[:, None]
+        p = p_v + tl.cast(i_n, tl.int64) * stride_v + (o_n[:, None] * stride_v + o_v[None, :])
+        if EDGE:
+            b_v = tl.load(p, mask=(o_k < K)[:, None] & (o_v < DV)[None, :], other=0.0)
+        elif DV != BV:
+            b_v = tl.load(p, mask=(o_v < DV)[None, :], other=0.0)
+        else:
+            b_v = tl.load(p)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        b_m = b_new
+        if COUNT:
+            b_kept += tl.sum(keep.to(tl.int32), 1)
+    return b_acc, b_m, b_l, b_kept
+
+
+@triton.jit
+def attend_kernel(
+    q, k, v, out, cuts, ties, tied, sinks, counts,
+    H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk, stride_vb, stride_vg, stride_vk,
+    stride_ob, stride_oh, stride_oq, first, first_bits, last, last_bits, min_keys, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows of one head.
+
+    With CUT a key outside the bands is kept when ``q·k > cut``, or ``== cut`` and its position ``<= tie``; ``tied``
+    says which tiles of rows need to look at ``ties`` at all. Rows that see fewer than ``min_keys`` keys are dense.
+    """
+    tiles = tl.num_programs(0)
+    i_q = tiles - 1 - tl.program_id(0)  # the longest rows first
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_g = i_h // group
+    o_q = i_q * BM + tl.arange(0, BM)
+    m_q = o_q < Q
+    p_k = k + i_b * stride_kb + i_g * stride_kg
+    p_v = v + i_b * stride_vb + i_g * stride_vg
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_q, stride_qq, D, BD)
+    b_n = visible_keys(o_q, Q, K, CAUSAL)
+    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_stop = tl.where(b_n < min_keys, b_n, b_stop)
+    b_start = tl.maximum(b_start, b_stop)
+    b_acc = tl.zeros([BM, BV], tl.float32)
+    b_m = tl.full([BM], LOWEST, tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_kept = tl.zeros([BM], tl.int32)
+    end = tl.max(b_n, 0)
+    head = tl.minimum(tl.cdiv(tl.max(b_stop, 0), BN) * BN, end)
+    tail = tl.min(tl.where(m_q, b_start, 2147483647), 0) // BN * BN
+    tail = tl.maximum(tail, tl.cdiv(head, BN) * BN)
+    b_cut = tl.zeros([BM], tl.float32)
+    b_tie = tl.zeros([BM], tl.int32)
+    tie = 0
+    if CUT:
+        b_cut = tl.load(cuts + i_bh * Q + o_q, mask=m_q, other=float("-inf"))
+        b_tie = tl.load(ties + i_bh * Q + o_q, mask=m_q, other=0)
+        tie = tl.load(tied + i_bh * tiles + i_q)
+    b_acc, b_m, b_l, b_kept = attend_tiles(
+        b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, 0, head, K, stride_kk, stride_vk,
+        scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+    )  # fmt: skip
+    if CUT:
+        middle = tl.cdiv(head, BN) * BN
+        plain = tl.where(tie == 0, tail, middle)  # a tile of rows without ties skips the second loop
+        b_acc, b_m, b_l, b_kept = attend_tiles(
+            b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, middle, plain, K, stride_kk,
+            stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, False, SOFTCAP, COUNT, PRECISION,
+        )  # fmt: skip
+        b_acc, b_m, b_l, b_kept = attend_tiles(
+            b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, plain, tail, K, stride_kk,
+            stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, True, SOFTCAP, COUNT, PRECISION,
+        )  # fmt: skip
+    b_acc, b_m, b_l, b_kept = attend_tiles(
+        b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, tail, end, K, stride_kk, stride_vk,
+        scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+    )  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks + i_h).to(tl.float32) * 1.4426950408889634
+        b_new = tl.maximum(b_m, sink)
+        b_alpha = tl.exp2(b_m - b_new)
+        b_l = b_l * b_alpha + tl.exp2(sink - b_new)
+        b_acc = b_acc * b_alpha[:, None]
+    b_acc = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+    o_v = tl.arange(0, BV)
+    p_out = out + i_b * stride_ob + i_h * stride_oh + o_q.to(tl.int64)[:, None] * stride_oq + o_v[None, :]
+    tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_q[:, None] & (o_v < DV)[None, :])
+    if COUNT:
+        tl.store(counts + i_bh * Q + o_q, b_kept, mask=m_q)

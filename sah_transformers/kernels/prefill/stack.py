@@ -1,0 +1,88 @@
+"""What a stack of selections asks of the prefill kernels."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sah_transformers.budget import Budget
+from sah_transformers.selections import Best, Everything, First, Last, Selection
+
+ALL = 2**31 - 1
+
+
+@dataclass
+class Bands:
+    """The first and the last keys of every row, as budgets (0 = none)."""
+
+    first: Budget = 0
+    last: Budget = 0
+
+    @classmethod
+    def of(cls, selections: Iterable[Selection | None]) -> Bands | None:
+        """The bands that ``selections`` hold together; None where a count and a share would have to be compared."""
+        bands = cls()
+        for selection in selections:
+            if isinstance(selection, Everything):
+                bands.first, bands.last = 0, ALL
+            elif isinstance(selection, First | Last):
+                name = "first" if isinstance(selection, First) else "last"
+                held = getattr(bands, name)
+                if held not in (0, ALL) and isinstance(held, int) != isinstance(selection.size, int):
+                    return None
+                if held != ALL:
+                    setattr(bands, name, max(held, selection.size))
+        return bands
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        """(first, its share's bits, last, its share's bits) for a kernel."""
+        return (*budget_arguments(self.first), *budget_arguments(self.last))
+
+    def shares(self) -> dict[str, bool]:
+        """Which of the two are shares, for a kernel."""
+        return {"FIRST_IS_SHARE": isinstance(self.first, float), "LAST_IS_SHARE": isinstance(self.last, float)}
+
+
+def budget_arguments(budget: Budget) -> tuple[int, int]:
+    """(count, bits of the float64 share), one of them 0."""
+    if isinstance(budget, float):
+        return 0, struct.unpack("<q", struct.pack("<d", budget))[0]
+    return min(budget, ALL), 0
+
+
+@dataclass
+class Stack:
+    """Bands before and after one scored selection, or bands alone.
+
+    Attributes:
+        before: bands that the scored selection does not choose from.
+        bands: all bands of the stack.
+        best: the scored selection, or None.
+    """
+
+    before: Bands = field(default_factory=Bands)
+    bands: Bands = field(default_factory=Bands)
+    best: Best | None = None
+
+
+def stack_of(selections: Sequence[Selection | None]) -> Stack | str:
+    """The stack, or why the prefill kernels do not cover it."""
+    scored = [i for i, selection in enumerate(selections) if not isinstance(selection, First | Last | Everything)]
+    if len(scored) > 1:
+        return "more than one masker of the stack ranks or samples keys"
+    if scored and not isinstance(selections[scored[0]], Best):
+        what = selections[scored[0]]
+        return "a masker of the stack is not described" if what is None else f"{type(what).__name__} has no kernel"
+    bands = Bands.of(selections)
+    before = Bands.of(selections[: scored[0]]) if scored else bands
+    if bands is None or before is None:
+        return "bands of the stack mix counts and shares"
+    if not selections:
+        bands = Bands.of([Everything()])
+        assert bands is not None
+    best = selections[scored[0]] if scored else None
+    assert best is None or isinstance(best, Best)
+    if best is not None and bands.last == ALL:
+        best = None
+    return Stack(before, bands, best)

@@ -1,0 +1,373 @@
+"""Triton: the exact k-th best score of every row, without storing Q x K scores.
+
+Four kernels. ``bracket_kernel`` brackets the k-th score by a sample of the keys. ``emit_kernel`` computes all scores,
+counts those above the bracket and writes those inside. ``select_kernel`` finds the exact cut among the written.
+``settle_kernel`` redoes the few rows whose bracket missed, or whose cut falls among equal scores, by a radix search.
+A cut is proven: exactly k candidates have a score above it, or equal to it at a position up to ``tie``.
+"""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.prefill.rows import (
+    band_bounds,
+    granted,
+    load_columns,
+    load_rows,
+    products,
+    visible_keys,
+)
+
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
+MISSED = tl.constexpr(-1)
+"""Mark of a row whose cut is unknown, where a row of ties has the number of equal keys that it takes."""
+
+
+@triton.jit
+def mixed(x):
+    """A hash of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def bracket_kernel(
+    q, k, lows, highs, i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
+    first, first_bits, last, last_bits, budget, budget_bits, chunks, most, deviations,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``lows <= k-th best score <= highs`` for nearly every row, from ``chunks`` samples of BS keys each."""
+    i_t = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_r = i_t * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    o_q = i_first + o_r
+    b_n = tl.where(m_r, visible_keys(o_q, Q, K, CAUSAL), 0)
+    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_c = b_start - b_stop
+    b_k = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
+    b_low = tl.full([BM], SMALLEST, tl.float32)
+    b_high = tl.full([BM], float("inf"), tl.float32)
+    if tl.max(b_c, 0) > most:  # else all candidates fit into the lists
+        begin = tl.max(tl.where(m_r, b_stop, 0), 0)
+        length = tl.maximum(tl.min(tl.where(m_r, b_start, 2147483647), 0) - begin, 1)
+        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
+        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        total = chunks * BS
+        b_p = tl.minimum(b_k.to(tl.float32) / tl.maximum(b_c, 1).to(tl.float32), 1.0)
+        b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0
+        b_below = tl.ceil(b_p * BS + b_spread)  # this many of a chunk should be at or above low
+        b_above = tl.floor(b_p * BS - b_spread)  # at most this many should be above high
+        b_lows = tl.zeros([BM], tl.float32)
+        b_highs = tl.zeros([BM], tl.float32)
+        for i_c in range(chunks):
+            o_s = tl.arange(0, BS) * chunks + i_c
+            seed = (o_s + i_t * 40503).to(tl.uint32) + (i_bh * 69069).to(tl.uint32)
+            b_jitter = (mixed(seed) >> 1).to(tl.int32) % length
+            o_k = begin + ((o_s.to(tl.int64) * length + b_jitter) // total).to(tl.int32)
+            o_k = tl.minimum(o_k, K - 1)
+            o_d = tl.arange(0, BD)
+            p = p_k + o_k.to(tl.int64)[None, :] * stride_kk + o_d[:, None]
+            b_s = products(b_q, tl.load(p, mask=(o_d < D)[:, None], other=0.0), PRECISION)
+            b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
+            b_la, b_lb, b_ha, b_hb = b_min, b_max, b_min, b_max
+            for _ in range(STEPS):
+                b_mid = 0.5 * b_la + 0.5 * b_lb
+                b_reached = tl.sum((b_s >= b_mid[:, None]).to(tl.float32), 1) >= b_below
+                b_la = tl.where(b_reached, b_mid, b_la)
+                b_lb = tl.where(b_reached, b_lb, b_mid)
+                b_mid = 0.5 * b_ha + 0.5 * b_hb
+                b_few = tl.sum((b_s > b_mid[:, None]).to(tl.float32), 1) <= b_above
+                b_hb = tl.where(b_few, b_mid, b_hb)
+                b_ha = tl.where(b_few, b_ha, b_mid)
+            b_lows += b_la
+            b_highs += b_hb
+        b_low = tl.where(b_below <= BS, b_lows / chunks, SMALLEST)
+        b_high = tl.where(b_above >= 0, b_highs / chunks, float("inf"))
+        b_low = tl.where(b_c <= b_k, float("inf"), b_low)  # nothing to find: write nothing
+        b_high = tl.where(b_c <= b_k, float("inf"), b_high)
+    tl.store(lows + i_bh * rows + o_r, b_low, mask=m_r)
+    tl.store(highs + i_bh * rows + o_r, b_high, mask=m_r)
+
+
+@triton.jit
+def write_between(b_s, b_low, b_high, p_list, b_above, BM: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr):
+    """Write the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the ends ``p_list`` of the rows' four lists.
+
+    A quarter of a row is what one thread holds of it in a matrix unit's result: no thread waits for another. A
+    ``tl.store`` would first move every score to another thread, so the store is written out (ASM; False for the
+    interpreter).
+    """
+    if SIZE == 1:
+        b_x = tl.reshape(b_s, [BM, 4])
+        if ASM:
+            p_list, b_above = tl.inline_asm_elementwise(
+                """{ .reg .pred p, r;
+                setp.ge.f32 p, $2, $3;
+                setp.le.and.f32 p, $2, $4, p;
+                setp.gt.f32 r, $2, $4;
+                @p st.global.f32 [$5], $2;
+                mov.b64 $0, $5;
+                @p add.s64 $0, $0, 4;
+                mov.b32 $1, $6;
+                @r add.s32 $1, $1, 1; }""",
+                "=&l,=&r,f,f,f,l,r",
+                [b_x, b_low, b_high, p_list, b_above],
+                dtype=(tl.int64, tl.int32),
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            m_x = (b_x >= b_low) & (b_x <= b_high)
+            tl.store(p_list.to(tl.pointer_type(tl.float32), bitcast=True), b_x, mask=m_x)
+            p_list += m_x.to(tl.int64) * 4
+            b_above += (b_x > b_high).to(tl.int32)
+        return p_list, b_above
+    else:
+        b_left, b_right = tl.split(tl.reshape(b_s, [BM, 4, SIZE // 2, 2]))
+        p_list, b_above = write_between(b_left, b_low, b_high, p_list, b_above, BM, SIZE // 2, ASM)
+        return write_between(b_right, b_low, b_high, p_list, b_above, BM, SIZE // 2, ASM)
+
+
+@triton.jit
+def emit_tiles(
+    p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, i_first, i_last, K, stride_k,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
+
+    From ``p_full`` on a list may not hold what a tile adds: its end is then overwritten and its row settled later.
+    """
+    o_n = tl.arange(0, BN)
+    for i_n in range(i_first, i_last, BN):
+        i_n = tl.multiple_of(i_n, BN)
+        b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
+        b_s = products(b_q, b_k, PRECISION)
+        if EDGE:
+            o_k = i_n + o_n
+            m_s = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
+        b_over = tl.maximum(p_list - p_full, 0)
+        b_lost += b_over
+        p_list, b_above = write_between(b_s, b_low, b_high, p_list - b_over, b_above, BM, BN // 4, ASM)
+    return p_list, b_above, b_lost
+
+
+@triton.jit
+def emit_kernel(
+    q, k, lows, highs, lists, list_counts, list_above,
+    i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
+    first, first_bits, last, last_bits, capacity,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr, PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
+
+    ``lists`` ``[B*H, rows, 4, capacity]``; ``list_counts`` and ``list_above`` ``[B*H, rows, 4]``, the count negative
+    (minus the true number) where the list was too short.
+    """
+    i_t = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_r = i_t * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    o_q = i_first + o_r
+    b_n = tl.where(m_r, visible_keys(o_q, Q, K, CAUSAL), 0)
+    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_low = tl.where(m_r, SMALLEST, float("inf"))
+    b_high = tl.full([BM], float("inf"), tl.float32)
+    if BRACKET:
+        b_low = tl.load(lows + i_bh * rows + o_r, mask=m_r, other=float("inf"))
+        b_high = tl.load(highs + i_bh * rows + o_r, mask=m_r, other=float("inf"))
+    b_low, b_high = b_low[:, None], b_high[:, None]
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
+    p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+    o_l = tl.arange(0, 4)
+    o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
+    p_first = (lists + o_c * capacity).to(tl.int64)
+    p_full = p_first + (capacity - BN // 4) * 4
+    p_list = p_first
+    begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
+    end = tl.max(tl.where(b_start > b_stop, b_start, 0), 0)
+    begin = tl.minimum(begin, end) // BN * BN
+    inner = tl.cdiv(tl.max(b_stop, 0), BN) * BN
+    inner_end = tl.min(tl.where(m_r, b_start, 2147483647), 0) // BN * BN
+    inner = tl.maximum(tl.minimum(inner, tl.cdiv(end, BN) * BN), begin)
+    inner_end = tl.maximum(inner_end, inner)
+    b_above = tl.zeros([BM, 4], tl.int32)
+    b_lost = tl.zeros([BM, 4], tl.int64)
+    p_list, b_above, b_lost = emit_tiles(
+        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, begin, inner, K, stride_kk,
+        D, BD, BM, BN, True, PRECISION, ASM,
+    )  # fmt: skip
+    p_list, b_above, b_lost = emit_tiles(
+        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, inner, inner_end, K, stride_kk,
+        D, BD, BM, BN, False, PRECISION, ASM,
+    )  # fmt: skip
+    p_list, b_above, b_lost = emit_tiles(
+        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, inner_end, end, K, stride_kk,
+        D, BD, BM, BN, True, PRECISION, ASM,
+    )  # fmt: skip
+    b_count = ((p_list - p_first + b_lost) // 4).to(tl.int32)
+    tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
+    tl.store(list_above + o_c, b_above, mask=m_r[:, None])
+
+
+@triton.jit
+def ordered(b_s):
+    """Float32 as int32 of the same order; -0 counts as +0."""
+    b_i = (b_s + 0.0).to(tl.int32, bitcast=True)
+    return b_i ^ ((b_i >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def restored(b_i):
+    """The float32 of an ``ordered`` int32."""
+    return (b_i ^ ((b_i >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def select_kernel(
+    lows, highs, lists, list_counts, list_above, cuts, ties, waiting, queue,
+    i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity,
+    BC: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
+    BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
+):  # fmt: skip
+    """One program: the cut of one row from its lists; rows that the lists cannot decide join the queue."""
+    i_r = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_q = i_first + i_r
+    n = visible_keys(i_q, Q, K, CAUSAL)
+    stop, start = band_bounds(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    wanted = granted(n, budget, budget_bits, BUDGET_IS_SHARE)
+    cut = tl.full([], float("-inf"), tl.float32)
+    tie = n * 0 + K
+    if wanted < start - stop:
+        o_l = tl.arange(0, 4)
+        i_list = (i_bh * rows + i_r) * 4
+        b_count = tl.load(list_counts + i_list + o_l)
+        above = tl.sum(tl.load(list_above + i_list + o_l), 0)
+        inside = tl.sum(tl.abs(b_count), 0)
+        short = tl.min(b_count, 0) < 0
+        wanted = wanted - above
+        tie = n * 0 + MISSED
+        if (wanted > 0) & (wanted <= inside):
+            if short:
+                if BRACKET:
+                    value = tl.load(lows + i_bh * rows + i_r)
+                    if value == tl.load(highs + i_bh * rows + i_r):  # all of them are equal
+                        cut = value
+                        tie = wanted
+            else:
+                o_c = tl.arange(0, BC)
+                m_c = o_c[None, :] < b_count[:, None]
+                b_s = tl.load(lists + (i_list + o_l)[:, None] * capacity + o_c[None, :], mask=m_c, other=0.0)
+                b_x = tl.where(m_c, ordered(b_s), -2147483648)
+                low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 1), 0).to(tl.int64)
+                high = tl.max(tl.max(b_x, 1), 0).to(tl.int64) + 1
+                at_low, at_high = inside, 0  # at or above low: enough; at or above high: too few
+                step = 0
+                while (high - low > 1) & (at_low != wanted):
+                    share = (at_low - wanted + 0.5) / (at_low - at_high).to(tl.float32)
+                    share = tl.where(step % 3 == 2, 0.5, share)
+                    middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
+                    middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+                    count = tl.sum(tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 1), 0)
+                    enough = count >= wanted
+                    low = tl.where(enough, middle, low)
+                    at_low = tl.where(enough, count, at_low)
+                    high = tl.where(enough, high, middle)
+                    at_high = tl.where(enough, at_high, count)
+                    step += 1
+                cut = restored(low.to(tl.int32))
+                tie = tl.where(at_low == wanted, K, wanted - at_high)
+    undecided = (wanted < start - stop) & (tie != K)
+    tl.store(cuts + i_bh * Q + i_q, cut)
+    tl.store(ties + i_bh * Q + i_q, tie)
+    if undecided:
+        place = tl.atomic_add(waiting + i_bh, 1, sem="relaxed")
+        tl.store(queue + i_bh * Q + place, i_q)
+
+
+@triton.jit
+def settle_kernel(
+    q, k, cuts, ties, tied, waiting, queue,
+    H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
+    first, first_bits, last, last_bits, budget, budget_bits, tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+    CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows of one head's queue; does nothing where the queue is shorter.
+
+    Rows without a cut get it BITS bits at a time, each by a pass that counts the candidates above 2**BITS - 1
+    pivots. Then one pass finds the position of the last key that a row takes among those equal to its cut.
+    """
+    i_bh = tl.program_id(1).to(tl.int64)
+    length = tl.load(waiting + i_bh)
+    o_i = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_i = o_i < length
+    if tl.program_id(0) * BM < length:
+        i_b, i_h = i_bh // H, i_bh % H
+        o_q = tl.load(queue + i_bh * Q + o_i, mask=m_i, other=0)
+        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_i, stride_qq, D, BD)
+        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        b_n = tl.where(m_i, visible_keys(o_q, Q, K, CAUSAL), 0)
+        b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+        b_wanted = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
+        b_need = tl.load(ties + i_bh * Q + o_q, mask=m_i, other=0)
+        m_miss = m_i & (b_need == MISSED)
+        b_cut = ordered(tl.load(cuts + i_bh * Q + o_q, mask=m_i & (b_need != MISSED), other=0.0))
+        begin = tl.min(tl.where(m_i, b_stop, 2147483647), 0) // BN * BN
+        end = tl.max(tl.where(m_i, b_start, 0), 0)
+        o_n = tl.arange(0, BN)
+        if tl.max(m_miss.to(tl.int32), 0) > 0:
+            PIVOTS: tl.constexpr = 2**BITS
+            o_p = tl.arange(0, PIVOTS)
+            b_base = tl.full([BM], -2147483648, tl.int32)
+            b_more = tl.zeros([BM], tl.int32)  # candidates above everything that starts with the base
+            for i_pass in range(32 // BITS):
+                width = 1 << (32 - BITS - i_pass * BITS)
+                b_counts = tl.zeros([BM, PIVOTS], tl.int32)
+                for i_n in range(begin, end, BN):
+                    o_k = i_n + o_n
+                    b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
+                    b_x = ordered(products(b_q, b_k, PRECISION))
+                    m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+                    for i_p in tl.static_range(1, PIVOTS):
+                        m_p = m_x & (b_x >= (b_base + i_p * width)[:, None])
+                        b_counts += tl.where(o_p[None, :] == i_p, tl.sum(m_p.to(tl.int32), 1)[:, None], 0)
+                b_bits = tl.sum((b_counts >= b_wanted[:, None]).to(tl.int32), 1)
+                b_next = tl.sum(tl.where(o_p[None, :] == b_bits[:, None] + 1, b_counts, 0), 1)
+                b_more = tl.where(b_bits + 1 < PIVOTS, b_next, b_more)
+                b_base += b_bits * width
+            b_cut = tl.where(m_miss, b_base, b_cut)
+            b_need = tl.where(m_miss, b_wanted - b_more, b_need)
+        b_seen = tl.zeros([BM], tl.int32)
+        b_tie = tl.full([BM], -1, tl.int32)
+        i_n = begin
+        while i_n < end:
+            o_k = i_n + o_n
+            b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
+            b_x = ordered(products(b_q, b_k, PRECISION))
+            m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+            m_x = m_x & (b_x == b_cut[:, None])
+            b_found = tl.sum(m_x.to(tl.int32), 1)
+            m_last = m_i & (b_seen < b_need) & (b_seen + b_found >= b_need)
+            if tl.max(m_last.to(tl.int32), 0) > 0:
+                b_rank = b_seen[:, None] + tl.cumsum(m_x.to(tl.int32), 1)
+                b_place = tl.where(m_x & (b_rank == b_need[:, None]), o_k[None, :], -1)
+                b_tie = tl.where(m_last, tl.max(b_place, 1), b_tie)
+            b_seen += b_found
+            open_rows = tl.sum((m_i & (b_seen < b_need)).to(tl.int32), 0)
+            i_n = tl.where(open_rows > 0, i_n + BN, end)
+        tl.store(cuts + i_bh * Q + o_q, restored(b_cut), mask=m_i)
+        tl.store(ties + i_bh * Q + o_q, b_tie, mask=m_i)
+        tl.store(tied + i_bh * tiles + o_q // TILE, b_tie * 0 + 1, mask=m_i)
