@@ -1,0 +1,1 @@
+"""Benchmarks: each checks its operation first, prints a table, then one line of JSON."""

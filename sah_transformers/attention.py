@@ -178,7 +178,7 @@ def make_call(
     if stateful:
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total
-        positions = state.update(stateful, keys, values, min(new, total), visibility.real(), context)
+        positions = state.update(stateful, keys, values, heads, min(new, total), visibility.real(), context)
         side = [state.side(masker) if masker.needs_state else {} for masker in maskers]
     elif any(masker.needs_positions for masker in maskers):
         real = visibility.real()

@@ -95,9 +95,16 @@ class Rows:
         Values at invisible keys are meaningless.
         """
         if "scores" not in self._cache:
-            scores = scores_of(self.queries, self.keys, self.context)
-            self._cache["scores"] = scores if self.bias is None else scores + self.bias
+            scores = self._scores(self.queries, self.keys)
+            if scores.dtype == torch.float32 and not bool(scores.sum().isfinite()):
+                limit = torch.finfo(torch.float32).max  # scores beyond float32 stay finite, and equal
+                scores = self._scores(self.queries.double(), self.keys.double()).clamp(-limit, limit).float()
+            self._cache["scores"] = scores
         return self._cache["scores"]
+
+    def _scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        scores = scores_of(queries, keys, self.context)
+        return scores if self.bias is None else scores + self.bias
 
     def score_error(self) -> torch.Tensor:
         """Bound on the rounding error of each row's ``scores()``, ``[B, H, q, 1]``.
@@ -119,7 +126,7 @@ class Rows:
                 error = error + 2**-21 * self.context.softcap
             if self.bias is not None:
                 error = error + 2**-22 * self.bias.abs().amax(-1, keepdim=True)
-            self._cache["score_error"] = error
+            self._cache["score_error"] = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
         return self._cache["score_error"]
 
     def candidates(self, active: torch.Tensor | None) -> torch.Tensor | None:

@@ -26,7 +26,8 @@ class SideBuffer:
     """One tensor ``[B, heads, length, ...]`` that grows in place along its keys."""
 
     def __init__(self, first: torch.Tensor):
-        self.storage, self.length = first, first.shape[2]
+        self.storage = first.clone(memory_format=torch.contiguous_format)  # the user's tensor may be a view
+        self.length = first.shape[2]
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, length, ...]``."""
@@ -87,6 +88,7 @@ class LayerState:
         maskers: Sequence[Masker],
         keys: torch.Tensor,
         values: torch.Tensor,
+        heads: int,
         new: int,
         real: torch.Tensor | None,
         context: Context,
@@ -97,7 +99,7 @@ class LayerState:
         of another batch size starts over.
 
         Args:
-            keys, values: ``[B, G, K, D]``, ``[B, G, K, Dv]``.
+            keys, values: ``[B, G, K, D]``, ``[B, G, K, Dv]``; heads: H.
             real: bool ``[B, K]``, keys that are real tokens as far as this call can tell, or None for all.
 
         Returns:
@@ -113,24 +115,23 @@ class LayerState:
             fresh = real[:, start:].expand(batch, -1)
         known = fresh if self._real is None else torch.cat([self._real.view()[:, 0], fresh], dim=1)
         positions = positions_of(known)
-        appended: list[tuple[Masker, dict[str, torch.Tensor]]] = []
+        appended: dict[MaskerConfig, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for masker in maskers:
                 have = self._lengths.get(masker.config, 0)
-                part = replace(context, positions=positions[:, have:], side={})
-                appended.append((masker, masker.append(keys[:, :, have:], values[:, :, have:], part)))
-        for masker, data in appended:  # nothing is stored before every masker has succeeded
-            have = self._lengths.get(masker.config, 0)
-            for name, tensor in data.items():
-                check_side(masker, name, tensor, keys, total - have)
-        for masker, data in appended:
-            buffers = self._side.setdefault(masker.config, {})
+                if masker.config not in appended:  # the same masker may stand in the stack twice
+                    part = replace(context, positions=positions[:, have:], side={})
+                    data = masker.append(keys[:, :, have:], values[:, :, have:], part)
+                    check_side(masker, data, keys, total - have, heads, self._side.get(masker.config))
+                    appended[masker.config] = data
+        for config, data in appended.items():  # nothing is stored before every masker has succeeded
+            buffers = self._side.setdefault(config, {})
             for name, tensor in data.items():
                 if name in buffers:
                     buffers[name].append(tensor)
                 else:
                     buffers[name] = SideBuffer(tensor)
-            self._lengths[masker.config] = total
+            self._lengths[config] = total
         if self._real is None:
             self._real = SideBuffer(fresh[:, None].clone())
         else:
@@ -207,14 +208,29 @@ def positions_of(real: torch.Tensor) -> torch.Tensor:
     return (real.cumsum(-1) - 1).masked_fill(~real, -1)
 
 
-def check_side(masker: Masker, name: str, tensor: object, keys: torch.Tensor, new: int) -> None:
-    """Raise ``ValueError`` unless side data are a tensor ``[B, G or H, new, ...]``."""
-    if isinstance(tensor, torch.Tensor) and tensor.dim() >= 3:
-        batch, groups = keys.shape[:2]
-        if tensor.shape[0] == batch and tensor.shape[1] % groups == 0 and tensor.shape[2] == new:
-            return
-    got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-    raise ValueError(
-        f"{type(masker).__name__}.append must return {{name: tensor [B, G or H, new keys, ...]}}: {name!r} should "
-        f"start with [{keys.shape[0]}, {keys.shape[1]} or a multiple, {new}], got {got}"
-    )
+def check_side(
+    masker: Masker, data: object, keys: torch.Tensor, new: int, heads: int, known: dict[str, SideBuffer] | None
+) -> None:
+    """Raise ``ValueError`` unless ``append`` returned tensors ``[B, G or H, new, ...]`` that fit the ones before."""
+    what = f"{type(masker).__name__}.append must return {{name: tensor [B, G or H, new keys, ...]}}"
+    if not isinstance(data, dict):
+        raise ValueError(f"{what}, got {type(data).__name__}")
+    batch, groups = keys.shape[:2]
+    for name in {**(known or {}), **data}:
+        tensor = data.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{what}: {name!r} should be a tensor, got {type(tensor).__name__}")
+        shape = tuple(tensor.shape)
+        if shape[:1] + shape[2:3] != (batch, new) or shape[1] not in (groups, heads):
+            want = f"[{batch}, {groups} or {heads}, {new}]"
+            raise ValueError(f"{what}: {name!r} should start with {want}, got {list(shape)}")
+        if known is None:
+            continue
+        if name not in known:
+            raise ValueError(f"{what}: {name!r} was not among the names of earlier calls, {sorted(known)}")
+        before = known[name].storage
+        if (shape[1], *shape[3:], tensor.dtype) != (before.shape[1], *before.shape[3:], before.dtype):
+            raise ValueError(
+                f"{what}: {name!r} must stay what it was, {before.dtype} {list(before.shape[1:2] + before.shape[3:])} "
+                f"per key, got {tensor.dtype} {list(shape[1:2] + shape[3:])}"
+            )

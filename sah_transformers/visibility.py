@@ -70,7 +70,7 @@ class Visibility:
         """Whether every row sees exactly the first ``n`` keys (no padding, no mask of its own)."""
         return self.valid is None and self.mask is None and self.indices is None
 
-    def block(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def block(self, start: int, stop: int, indexed: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Visibility and bias of rows ``start:stop`` over their first ``reach(stop)`` keys.
 
         Returns:
@@ -92,7 +92,7 @@ class Visibility:
                 bias = mask.masked_fill(~shown, 0.0)
                 mask = shown
             visible = _both(visible, mask)
-        if self.indices is not None:
+        if self.indices is not None and indexed:
             chosen = self.indices[:, start:stop].to(self.device).long()
             inside = (chosen >= 0) & (chosen < reach)
             listed = torch.zeros(*chosen.shape[:2], reach + 1, dtype=torch.bool, device=self.device)
@@ -106,15 +106,16 @@ class Visibility:
         return visible, bias
 
     def real(self) -> torch.Tensor | None:
-        """Which keys are real tokens, bool ``[B, K]``: those that some row of the call sees; None = all."""
-        if self.is_prefix():
-            return None
-        if self.mask is None and self.indices is None:
+        """Which keys are real tokens, bool ``[B, K]``: those that the mask shows to some row of the call; None = all.
+
+        What a model's own indexer leaves out is real all the same.
+        """
+        if self.mask is None:
             return self.valid
         seen = torch.zeros(self.batch, self.keys, dtype=torch.bool, device=self.device)
         step = max(1, 2**24 // max(1, self.keys * self.batch))
         for start in range(0, self.queries, step):
-            visible, _ = self.block(start, min(start + step, self.queries))
+            visible, _ = self.block(start, min(start + step, self.queries), indexed=False)
             if visible is None:
                 return None
             seen[:, : visible.shape[-1]] |= visible.any(dim=1).any(dim=1)

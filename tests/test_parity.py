@@ -3,7 +3,6 @@
 import socket
 
 import pytest
-import torch
 import transformers
 from parity import (
     CAUSAL,
@@ -62,17 +61,11 @@ OPTIONAL_PACKAGES = {"Gemma3nForConditionalGeneration": "requires the"}  # timm,
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One thread, no network."""
-
+def no_network(monkeypatch):
     def refuse(*args):
         raise AssertionError("a tiny model asked for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_exact(name: str) -> None:

@@ -231,6 +231,8 @@ def layers_to_keep(kinds: list[tuple]) -> list[int]:
 
 def why_not(name: str) -> str | None:
     """Why no tiny model of this class can be built here, or None."""
+    if name in NOT_ALONE:
+        return NOT_ALONE[name]
     try:
         tiny(name)
     except Exception as error:

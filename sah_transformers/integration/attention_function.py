@@ -102,7 +102,7 @@ def sah_attention(
     try:
         return attend_planned(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
-        undo(sah_cache, key.shape[2], query.shape[2])
+        undo(sah_cache, module.layer_idx, query.shape[2])
         raise
 
 

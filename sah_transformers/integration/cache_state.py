@@ -112,19 +112,51 @@ def is_static(layer: Any) -> bool:
     return getattr(layer, "max_cache_len", None) is not None and not getattr(layer, "is_sliding", False)
 
 
-def undo(cache: Any, keys: int, new: int) -> None:
-    """After a failure inside a forward call: take the call's keys back out of the layers that have them already.
+def remember(cache: Any, layer_idx: Any, new: int) -> None:
+    """Before a layer's update by ``new`` keys: hold on to what a rolling layer is about to drop."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if not layers or not isinstance(layer_idx, int) or layer_idx >= len(layers) or torch.compiler.is_compiling():
+        return
+    layer = layers[layer_idx]
+    if not getattr(layer, "is_sliding", False) or not layer.is_initialized:
+        return
+    if getattr(layer, "max_cache_len", None) is None:  # makes new tensors: the old ones need no copy
+        layer.sah_before = (layer.keys, layer.values, layer.cumulative_length)
+    elif layer.get_seq_length() + new > layer.max_cache_len:  # rolls in place
+        lost = new if new == 1 else layer.max_cache_len
+        parts = (layer.keys[:, :, :lost].clone(), layer.values[:, :, :lost].clone())
+        layer.sah_before = (*parts, layer.cumulative_length_int)
 
-    Rolling layers cannot give keys back and keep them.
-    """
-    cache = getattr(cache, "self_attention_cache", cache)
-    layers = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-    static = [layer for layer in layers if is_static(layer)]
-    furthest = max((int(layer.cumulative_length) for layer in static), default=0)
-    for layer in static:
-        if int(layer.cumulative_length) == furthest:
+
+def _roll_back(layer: Any) -> None:
+    """Give a rolling layer back what ``remember`` kept."""
+    keys, values, length = layer.sah_before
+    if getattr(layer, "max_cache_len", None) is None:
+        layer.keys, layer.values, layer.cumulative_length = keys, values, length
+        return
+    kept = layer.max_cache_len - keys.shape[2]
+    layer.keys.copy_(torch.cat([keys, layer.keys[:, :, :kept]], dim=2))
+    layer.values.copy_(torch.cat([values, layer.values[:, :, :kept]], dim=2))
+    layer.cumulative_length_int = length
+
+
+def undo(cache: Any, layer_idx: int, new: int) -> None:
+    """After a failure in layer ``layer_idx``: take the call's ``new`` keys back out of the layers that have them."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if not layers or layer_idx >= len(layers):
+        return
+    layers = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    lengths = [int(layer.get_seq_length()) for layer in layers]
+    furthest = max(lengths, default=0)
+    for layer in (layer for layer, length in zip(layers, lengths, strict=True) if length == furthest):
+        rolls, static = getattr(layer, "is_sliding", False), getattr(layer, "max_cache_len", None) is not None
+        if rolls and furthest == new:
+            layer.reset()
+        elif rolls and getattr(layer, "sah_before", (None, None, -1))[2] == furthest - new:
+            _roll_back(layer)
+        elif static:
             layer.cumulative_length.sub_(new)
-    for layer in layers:
-        rolls = getattr(layer, "is_sliding", False)
-        if not is_static(layer) and not rolls and hasattr(layer, "crop") and layer.get_seq_length() == keys:
+            if rolls:
+                layer.cumulative_length_int -= new
+        elif hasattr(layer, "crop"):
             layer.crop(-new)

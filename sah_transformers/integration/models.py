@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from sah_transformers.attention import check_kernel
 from sah_transformers.config import SparseAttentionConfig
+from sah_transformers.integration.cache_state import remember
 from sah_transformers.integration.config_property import NAME, sparse_data, text_config
 from sah_transformers.integration.plan import layer_count, never_sparse, plan_of
 
@@ -184,6 +185,9 @@ def hand_cache_on(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
         cache = args[at] if at is not None and at < len(args) else None
     if cache is None:
         return None
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    if isinstance(hidden, torch.Tensor):
+        remember(cache, getattr(module, "layer_idx", None), hidden.shape[1])
     return args, {**kwargs, "sah_cache": cache}
 
 

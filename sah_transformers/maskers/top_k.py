@@ -125,6 +125,7 @@ class TopKMasker(ScoredMasker):
 
     def choose(self, rows: Rows, active: torch.Tensor | None, exact: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         scores = self.row_scores(rows)
+        exact = exact or scores.dtype == torch.float64
         margin = None if exact else 2 * self.score_error(rows, scores)
         if self.config.gqa == "head" or rows.group_size == 1:
             candidates, counts, estimates = rows.candidates(active), rows.counts, scores

@@ -43,6 +43,7 @@ class TopPMasker(ScoredMasker):
 
     def choose(self, rows: Rows, active: torch.Tensor | None, exact: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         scores = self.row_scores(rows)
+        exact = exact or scores.dtype == torch.float64
         error = None if exact else self.score_error(rows, scores)
         total = self.config.coverage == "total"
         grouped = self.config.gqa == "group" and rows.group_size > 1

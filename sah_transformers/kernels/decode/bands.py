@@ -29,7 +29,7 @@ def bands_kernel(
     K, B, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sv_b, sv_g, sv_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
-    BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, one part of the keys that any of the rows' bands hold."""
@@ -40,14 +40,11 @@ def bands_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < ROWS
     o_q, o_h, o_r = o_m % Q, i_g * (H // G) + o_m // Q, i_bg * ROWS + o_m
-    if ALIGNED:
-        sk_b, sk_g, sk_k = tl.multiple_of(sk_b, 8), tl.multiple_of(sk_g, 8), tl.multiple_of(sk_k, 8)
-        sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
     o_d, o_e = tl.arange(0, BD), tl.arange(0, BDV)
     p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = k + i_b.to(tl.int64) * sk_b + i_g.to(tl.int64) * sk_g
-    p_v = v + i_b.to(tl.int64) * sv_b + i_g.to(tl.int64) * sv_g
+    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
+    p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
     _, first_end, last_start = limits_of(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
@@ -67,9 +64,9 @@ def bands_kernel(
         o_n = start + tl.arange(0, BN)
         o_k = tl.where(o_n < head, begin + o_n, tail + o_n - head)
         m_k = o_n < slots
-        p_kt = p_k + o_k[:, None].to(tl.int64) * sk_k + o_d[None, :]
+        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
         b_k = tl.load(p_kt, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-        p_vt = p_v + o_k[:, None].to(tl.int64) * sv_k + o_e[None, :]
+        p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
         b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
         b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling, softcap, SOFTCAP)
         m_s = m_k[None, :] & (o_k[None, :] < reach[:, None])

@@ -66,7 +66,7 @@ def sample_keys_kernel(
     q, k, mask, limits, lines, histogram, K, B, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     SAMPLES: tl.constexpr, SLICE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Bracket of a row's ``size``-th best score from the scores of sampled keys; one program per row."""
@@ -77,20 +77,18 @@ def sample_keys_kernel(
     )
     candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
     tl.store(histogram + i_r.to(tl.int64) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-    if ALIGNED:
-        sk_b, sk_g, sk_k = tl.multiple_of(sk_b, 8), tl.multiple_of(sk_g, 8), tl.multiple_of(sk_k, 8)
     o_k = sample_positions(first_end, tl.maximum(last_start, first_end), SAMPLES)
     m_k = (o_k < last_start) & (o_k < K)
     if MASKED:
         p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q
         m_k = m_k & (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0)
     p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
-    p_k = k + i_b.to(tl.int64) * sk_b + (i_h // (H // G)).to(tl.int64) * sk_g
+    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
     b_s = tl.zeros([SAMPLES], tl.float32)
     for i_d in tl.static_range(0, BD, SLICE):
         o_d = i_d + tl.arange(0, SLICE)
         b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-        p_kd = p_k + o_k[:, None].to(tl.int64) * sk_k + o_d[None, :]
+        p_kd = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
         b_k = tl.load(p_kd, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
         b_s += tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
     b_s = capped(b_s * scaling, softcap, SOFTCAP)
@@ -180,7 +178,7 @@ def sample_scores_kernel(
     m_k = (o_k < last_start) & (o_k < K)
     if MASS:
         peak, free, band = row_totals(peaks, masses, stats, R, i_e, chunks, CHUNKS)
-        b_s = tl.load(scores + i_e.to(tl.int64) * stride + o_k, mask=m_k, other=float("-inf"))
+        b_s = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         m_k = m_k & (b_s > float("-inf"))
         factor = (last_start - first_end).to(tl.float32) / SAMPLES
         left = free - wanted_mass(free, band, top_p, TOTAL)
@@ -191,7 +189,7 @@ def sample_scores_kernel(
         b_mass = tl.zeros([SAMPLES], tl.float32)
         for _ in range(0, H // G):
             peak, free, band = row_totals(peaks, masses, stats, R, i_r, chunks, CHUNKS)
-            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_k, mask=m_k, other=float("-inf"))
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
             m_k = m_k & (b_s > float("-inf"))
             b_mass += tl.exp(b_s - peak) / tl.maximum(free + band, 1.0)
             i_r += Q

@@ -11,7 +11,7 @@ def combine_kernel(
     values, scores, lines, bounds, needs, stats, list_pos, list_val, list_count, chosen, sums, totals, sinks, out,
     K, B, stride, splits, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    KIND: tl.constexpr, SINKS: tl.constexpr, ALIGNED: tl.constexpr, FIXED: tl.constexpr, LIST: tl.constexpr,
+    KIND: tl.constexpr, SINKS: tl.constexpr, UNIT: tl.constexpr, FIXED: tl.constexpr, LIST: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks its listed keys (ties: lower position first), takes those it needs, in order of rank."""
@@ -20,8 +20,6 @@ def combine_kernel(
     i_bg = i_b * G + i_h // (H // G)
     i_e = i_bg * Q + i_q if KIND == "group" else i_r
     E = B * G * Q if KIND == "group" else B * H * Q
-    if ALIGNED:
-        sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
     o_d = tl.arange(0, BDV)
     peak = tl.load(stats + i_r)
     b_acc, b_total = tl.zeros([BDV], tl.float32), tl.zeros([BS], tl.float32)
@@ -52,15 +50,15 @@ def combine_kernel(
             m_take = b_rank < need
         tl.store(chosen + i_r * LIST + b_rank, tl.where(m_take, b_pos, -1), mask=o < n)
         tl.debug_barrier()
-        p_v = values + (i_bg // G).to(tl.int64) * sv_b + (i_bg % G).to(tl.int64) * sv_g
+        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         b_more = tl.zeros([BT], tl.float32)
         for i_t in range(0, n, BT):
             o_t = i_t + tl.arange(0, BT)
             o_v = tl.load(chosen + i_r * LIST + o_t, mask=o_t < n, other=-1)
             m_t = o_v >= 0
-            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_v, mask=m_t, other=float("-inf"))
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_v, mask=m_t, other=float("-inf"))
             b_w = tl.where(m_t, tl.exp(b_s - peak), 0.0)
-            p_vt = p_v + o_v[:, None].to(tl.int64) * sv_k + o_d[None, :]
+            p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
             b_acc += tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
             b_more += b_w

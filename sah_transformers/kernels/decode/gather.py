@@ -45,7 +45,7 @@ def gather_kernel(
     values, scores, cuts, bounds, stats, packed, weights, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    EITHER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+    EITHER: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     LIST: tl.constexpr,
 ):  # fmt: skip
     """One row, ``per_split`` chunks of keys: compact what is taken, gather its values, add."""
@@ -57,19 +57,16 @@ def gather_kernel(
     if EITHER:
         run = streams(bounds, K, R, i_bg, H // G * Q, BM) == 0
     if run:
-        if ALIGNED:
-            sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
-        stride = tl.multiple_of(stride, 16)
         peak = tl.load(stats + i_r)
         cut = cut_of(i_r, R, cuts, bounds)
-        p_v = values + (i_bg // G).to(tl.int64) * sv_b + (i_bg % G).to(tl.int64) * sv_g
+        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         p_mine = (i_r.to(tl.int64) * splits + i_s) * CHUNK
         o_d = tl.arange(0, BDV)
         b_acc = tl.zeros([BDV], tl.float32)
         b_total = tl.zeros([BT], tl.float32)
         for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
             o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_k, mask=o_k < stride, other=float("-inf"))
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
             m_taken, m_listed = taken_of(b_s, o_k, cut, False)
             o_slot = tl.atomic_add(list_count + i_r + o_k * 0, 1, mask=m_listed, sem="relaxed")
             m_listed = m_listed & (o_slot < LIST)
@@ -85,7 +82,7 @@ def gather_kernel(
                 m_t = o_t < count
                 o_v = tl.load(packed + p_mine + o_t, mask=m_t, other=0)
                 b_w = tl.load(weights + p_mine + o_t, mask=m_t, other=0.0)
-                p_vt = p_v + o_v[:, None].to(tl.int64) * sv_k + o_d[None, :]
+                p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
                 b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
                 b_acc += tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
                 b_total += b_w
@@ -100,27 +97,24 @@ def gather_group_kernel(
     values, scores, ranking, cuts, bounds, stats, packed, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, LIST: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, ``per_split`` chunks: the group's heads share the gathered values."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     E = B * G * Q
     i_bg = i_e // Q
-    if ALIGNED:
-        sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
-    stride = tl.multiple_of(stride, 16)
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < H // G
     o_r = (i_bg * (H // G) + o_m) * Q + i_e % Q
     peak = tl.load(stats + o_r, mask=m_m, other=0.0)
     cut = cut_of(i_e, E, cuts, bounds)
-    p_v = values + (i_bg // G).to(tl.int64) * sv_b + (i_bg % G).to(tl.int64) * sv_g
+    p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
     p_mine = (i_e.to(tl.int64) * splits + i_s) * CHUNK
     b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BT], tl.float32)
     for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
         o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-        b_e = tl.load(ranking + i_e.to(tl.int64) * stride + o_k, mask=o_k < stride, other=float("-inf"))
+        b_e = tl.load(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
         m_taken, m_listed = taken_of(b_e, o_k, cut, True)
         o_slot = tl.atomic_add(list_count + i_e + o_k * 0, 1, mask=m_listed, sem="relaxed")
         m_listed = m_listed & (o_slot < LIST)
@@ -134,10 +128,10 @@ def gather_group_kernel(
             o_t = i_t + tl.arange(0, BT)
             m_t = o_t < count
             o_v = tl.load(packed + p_mine + o_t, mask=m_t, other=0)
-            p_s = scores + o_r[:, None].to(tl.int64) * stride + o_v[None, :]
+            p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_v[None, :]
             b_s = tl.load(p_s, mask=m_m[:, None] & m_t[None, :], other=float("-inf"))
             b_w = tl.exp(b_s - peak[:, None])
-            p_vt = p_v + o_v[:, None].to(tl.int64) * sv_k + o_d[None, :]
+            p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
             b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
             b_total += b_w
@@ -152,7 +146,7 @@ def stream_kernel(
     values, scores, cuts, bounds, stats, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    EITHER: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, MANY: tl.constexpr,
+    EITHER: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, MANY: tl.constexpr,
     LIST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of one KV head, ``per_split`` tiles of keys: read every value, weigh the taken ones."""
@@ -164,22 +158,19 @@ def stream_kernel(
     if EITHER:
         run = streams(bounds, K, R, i_bg, ROWS, MANY)
     if run:
-        if ALIGNED:
-            sv_b, sv_g, sv_k = tl.multiple_of(sv_b, 8), tl.multiple_of(sv_g, 8), tl.multiple_of(sv_k, 8)
-        stride = tl.multiple_of(stride, 16)
         o_m, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BDV)
         m_m = o_m < ROWS
         o_r = i_bg * ROWS + o_m
         o_e = tl.where(m_m, o_r, 0)[:, None]
         peak = tl.load(stats + o_r, mask=m_m, other=0.0)
         cut = cut_of(o_e, R, cuts, bounds)
-        p_v = values + (i_bg // G).to(tl.int64) * sv_b + (i_bg % G).to(tl.int64) * sv_g
+        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BN], tl.float32)
         for i_c in tl.range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, BN)), num_stages=STAGES):
             o_k = i_c * BN + tl.arange(0, BN)
-            p_s = scores + o_r[:, None].to(tl.int64) * stride + o_k[None, :]
-            b_s = tl.load(p_s, mask=m_m[:, None] & (o_k < stride)[None, :], other=float("-inf"))
-            p_vt = p_v + o_k[:, None].to(tl.int64) * sv_k + o_d[None, :]
+            p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+            b_s = tl.load(p_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :], other=float("-inf"))
+            p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=(o_k < K)[:, None] & (o_d < DV)[None, :], other=0.0)
             m_taken, m_listed = taken_of(b_s, o_k[None, :], cut, False)
             o_slot = tl.atomic_add(list_count + o_e + o_k[None, :] * 0, 1, mask=m_listed, sem="relaxed")

@@ -22,7 +22,6 @@ def histogram_kernel(
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = R if MASS else B * G * Q
-    stride = tl.multiple_of(stride, 16)
     i_q, i_b = i_e % Q, i_e // (E // B)
     _, first_end, last_start = limits_of(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
@@ -31,20 +30,20 @@ def histogram_kernel(
     scale, offset = tl.load(lines + i_e), tl.load(lines + E + i_e)
     if MASS:
         peak, high = tl.load(stats + i_e), tl.load(lines + 2 * E + i_e)
-        b_v = tl.load(scores + i_e.to(tl.int64) * stride + o_k, mask=o_k < stride, other=float("-inf"))
+        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
         m_free = b_v > float("-inf")
     else:
         i_r = (i_e // Q) * (H // G * Q) + i_q
         b_v = tl.zeros([CHUNK], tl.float32)
         m_free = o_k < K
         for _ in range(0, H // G):
-            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_k, mask=o_k < stride, other=float("-inf"))
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
             m_free = m_free & (b_s > float("-inf"))
             total = tl.maximum(tl.load(stats + R + i_r) + tl.load(stats + 2 * R + i_r), 1.0)
             b_v += tl.exp(b_s - tl.load(stats + i_r)) / total
             i_r += Q
-        p_v = ranking + i_e.to(tl.int64) * stride + o_k
-        tl.store(p_v, tl.where(m_free, b_v, float("-inf")), mask=o_k < stride)
+        p_v = ranking + i_e.to(tl.int64) * (stride * 16) + o_k
+        tl.store(p_v, tl.where(m_free, b_v, float("-inf")), mask=o_k < stride * 16)
     m_free = m_free & (o_k >= first_end) & (o_k < last_start)
     b_x = line_of(b_v, scale, offset, not MASS)
     m_above = m_free & (b_x >= BINS)

@@ -51,11 +51,16 @@ class Plan:
     shape: dict[str, Any]
     dims: dict[str, int]
     sight: dict[str, Any]
-    aligned: bool
+    unit: int  # strides of keys and values are passed in multiples of this
     bm: int
     keys: int  # upper bound of K
     digits: dict[str, int]
     compiled: list[Any] = field(default_factory=list)
+
+    def steps(self, tensor: torch.Tensor) -> tuple[int, int, int]:
+        """The strides of keys or values over batch, head and position, in units."""
+        b, g, k, _ = tensor.stride()
+        return b // self.unit, g // self.unit, k // self.unit
 
 
 class Launcher:
@@ -66,6 +71,7 @@ class Launcher:
         self.ready = bool(plan.compiled) and not INTERPRETED
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+        grid = (*grid, 1, 1)[:3]
         if self.ready:
             self.plan.compiled[self.step][grid](*args, *constants.values())
             self.step += 1
@@ -105,7 +111,7 @@ def plan_of(x: Inputs) -> Plan:
             shape={"H": heads, "G": groups, "Q": rows},
             dims=dims,
             sight={"CAUSAL": x.causal, "MASKED": mask is not None},
-            aligned=aligned,
+            unit=8 if aligned else 1,
             bm=min(64, max(16, power_of_2(in_group))),
             keys=bound,
             digits={"FIXED": min(24, 61 - 2 * digits), "COUNT_BITS": digits + 1},
@@ -135,10 +141,10 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
     launch(
         bands_kernel, (splits, batch * groups, tiles),
         q, k, v, mask, limits, sums, peaks, totals,
-        keys, batch, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *look,
+        keys, batch, *q.stride()[:3], *plan.steps(k), *plan.steps(v), *look,
         x.scaling, x.softcap or 1.0, *budgets(x.stack),
         **plan.shape, **plan.dims, DV=value_dim, BDV=bdv, **plan.sight, SOFTCAP=x.softcap is not None,
-        ALIGNED=plan.aligned, BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
+        UNIT=plan.unit, BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
     )  # fmt: skip
     launch(
         merge_kernel, (batch * heads * rows,), sums, peaks, totals, q if x.sinks is None else x.sinks, out, splits,
@@ -183,9 +189,9 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     scores = empty(device, all_rows, stride)
     peaks = empty(device, all_rows, chunks)
     stats = empty(device, 3, all_rows)
-    cap = {"SOFTCAP": x.softcap is not None, "ALIGNED": plan.aligned}
+    cap = {"SOFTCAP": x.softcap is not None, "UNIT": plan.unit}
     bands, size = budgets(stack), (stack.size[0], bits_of(stack.size[1]))
-    keyed = (*q.stride()[:3], *k.stride()[:3], *look, x.scaling, x.softcap or 1.0, *bands)
+    keyed = (*q.stride()[:3], *plan.steps(k), *look, x.scaling, x.softcap or 1.0, *bands)
     if kind == "best":
         aboves, masses = empty(device, all_rows, chunks, dtype=torch.int32), peaks
         launch(
@@ -197,7 +203,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
         aboves, masses = peaks, empty(device, 2, all_rows, chunks)
     launch(
         score_kernel, (chunks, batch * groups, -(-(heads // groups * rows) // plan.bm)),
-        q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses, keys, batch, stride, chunks, *keyed,
+        q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses, keys, batch, stride // 16, chunks, *keyed,
         **plan.shape, **plan.dims, **plan.sight, **cap,
         MASSES=kind != "best", BINS=t.bins, BM=plan.bm, BN=t.tile, TILES=t.tiles, STAGES=t.score_stages,
         warps=t.score_warps,
@@ -206,7 +212,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     if kind != "best":
         launch(
             sample_scores_kernel, (selections,), scores, limits, lines, histogram, peaks, masses, stats,
-            keys, batch, stride, chunks, stack.top_p, *bands, *size,
+            keys, batch, stride // 16, chunks, stack.top_p, *bands, *size,
             **plan.shape, **plan.sight, MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks, SAMPLES=t.samples,
             BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
@@ -217,7 +223,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
         ranking = scores if mass else empty(device, selections, stride)
         launch(
             histogram_kernel, (chunks, selections), scores, ranking, limits, lines, histogram, stats, aboves, masses,
-            keys, batch, stride, chunks, *bands,
+            keys, batch, stride // 16, chunks, *bands,
             **plan.shape, **plan.sight, MASS=mass, BINS=t.bins, **plan.digits, CHUNK=t.histogram_chunk,
         )  # fmt: skip
     cuts, bounds = empty(device, 4, selections), empty(device, 4, selections, dtype=torch.int32)
@@ -225,7 +231,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     launch(
         threshold_kernel, (selections,),
         ranking, limits, lines, histogram, peaks, aboves, masses, stats, cuts, bounds, needs, count,
-        keys, batch, stride, chunks, stack.top_p, *bands, *size,
+        keys, batch, stride // 16, chunks, stack.top_p, *bands, *size,
         **plan.shape, **plan.sight, KIND=kind, TOTAL=stack.total, BINS=t.bins, **plan.digits, CHUNKS=most_chunks,
         LIST=t.listed, BLOCK=1024, warps=t.threshold_warps,
     )  # fmt: skip
@@ -238,8 +244,8 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     per_split = -(-most // splits)
     splits = -(-most // per_split)
     sums, totals = empty(device, all_rows, splits, value_dim), empty(device, all_rows, splits)
-    valued = (keys, batch, stride)
-    value_strides = v.stride()[:3]
+    valued = (keys, batch, stride // 16)
+    value_strides = plan.steps(v)
     wide = {"DV": value_dim, "BDV": max(16, power_of_2(value_dim))}
     packed = empty(device, selections, splits, t.chunk, dtype=torch.int32)
     many = max(16, power_of_2(heads // groups * rows))
@@ -248,7 +254,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             gather_group_kernel, (splits, selections),
             v, scores, ranking, cuts, bounds, stats, packed, *listed, count, sums, totals,
             *valued, per_split, *value_strides,
-            **plan.shape, **wide, ALIGNED=plan.aligned, CHUNK=t.chunk, BT=t.group_rows,
+            **plan.shape, **wide, UNIT=plan.unit, CHUNK=t.chunk, BT=t.group_rows,
             BM=max(16, power_of_2(heads // groups)), LIST=t.listed, warps=t.gather_warps,
         )  # fmt: skip
     elif gather:
@@ -256,7 +262,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             gather_kernel, (splits, all_rows),
             v, scores, cuts, bounds, stats, packed, empty(device, selections, splits, t.chunk), *listed, count,
             sums, totals, *valued, per_split, *value_strides,
-            **plan.shape, **wide, EITHER=stream, ALIGNED=plan.aligned, CHUNK=t.chunk, BT=t.rows, BM=many,
+            **plan.shape, **wide, EITHER=stream, UNIT=plan.unit, CHUNK=t.chunk, BT=t.rows, BM=many,
             LIST=t.listed, warps=t.gather_warps,
         )  # fmt: skip
     if stream:
@@ -264,14 +270,14 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             stream_kernel, (splits, batch * groups, -(-many // plan.bm)),
             v, scores, cuts, bounds, stats, *listed, count, sums, totals,
             *valued, per_split * (t.chunk // t.stream_tile), *value_strides,
-            **plan.shape, **wide, EITHER=gather, ALIGNED=plan.aligned, BN=t.stream_tile, BM=plan.bm, MANY=many,
+            **plan.shape, **wide, EITHER=gather, UNIT=plan.unit, BN=t.stream_tile, BM=plan.bm, MANY=many,
             LIST=t.listed, STAGES=t.stream_stages, warps=t.stream_warps,
         )  # fmt: skip
     launch(
         combine_kernel, (all_rows,),
         v, scores, lines, bounds, needs, stats, *listed, count, empty(device, all_rows, t.listed, dtype=torch.int32),
         sums, totals, q if x.sinks is None else x.sinks, out, *valued, splits, *value_strides,
-        **plan.shape, **wide, KIND=kind, SINKS=x.sinks is not None, ALIGNED=plan.aligned, FIXED=plan.digits["FIXED"],
+        **plan.shape, **wide, KIND=kind, SINKS=x.sinks is not None, UNIT=plan.unit, FIXED=plan.digits["FIXED"],
         LIST=t.listed, BT=16, BS=16, warps=t.combine_warps,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def score_kernel(
     K, B, stride, chunks, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -54,14 +54,11 @@ def score_kernel(
     o_q = o_m % Q
     o_h = i_g * (H // G) + o_m // Q
     o_r = i_bg * (H // G * Q) + o_m
-    if ALIGNED:
-        sk_b, sk_g, sk_k = tl.multiple_of(sk_b, 8), tl.multiple_of(sk_g, 8), tl.multiple_of(sk_k, 8)
-        stride = tl.multiple_of(stride, 16)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
-    p_k = k + i_b.to(tl.int64) * sk_b + i_g.to(tl.int64) * sk_g
+    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
     _, first_end, last_start = limits_of(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
@@ -75,7 +72,7 @@ def score_kernel(
         offset = tl.load(lines + B * H * Q + o_r, mask=m_m, other=0.0)
     for i_t in tl.range(0, TILES, num_stages=STAGES):
         o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
-        p_kt = p_k + o_k[:, None].to(tl.int64) * sk_k + o_d[None, :]
+        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
         b_k = tl.load(p_kt, mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
         b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling, softcap, SOFTCAP)
         m_s = o_k[None, :] < reach[:, None]
@@ -89,8 +86,8 @@ def score_kernel(
                 )
                 m_s = m_s & (tl.load(p_mask, mask=m_s, other=0) != 0)
         b_s = tl.where(m_s, b_s, float("-inf"))
-        p_s = scores + o_r[:, None].to(tl.int64) * stride + o_k[None, :]
-        tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride)[None, :])
+        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+        tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :])
         m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
         if MASSES:
             b_new = tl.maximum(b_peak, b_s)

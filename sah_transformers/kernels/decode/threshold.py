@@ -153,7 +153,7 @@ def threshold_kernel(
         top = low
         kept = tl.where(none, 0, n)
     elif missed:
-        p_row = ranking + i_e.to(tl.int64) * stride
+        p_row = ranking + i_e.to(tl.int64) * (stride * 16)
         cut, tie = exact_cut(p_row, K, first_end, last_start, peak, goal, KIND == "mass", BLOCK)
         scale, offset, low, top = 0.0, 0.0, unsortable(cut), unsortable(cut + 1)
         kept = n

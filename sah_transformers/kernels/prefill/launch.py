@@ -152,13 +152,13 @@ def find_cuts(
             )  # fmt: skip
         block, step, warps, stages = tiles.emit
         emit_kernel[(triton.cdiv(part.rows, block), batch * heads)](
-            queries, keys, scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.above, start,
+            queries, keys, scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, start,
             part.rows, *where, part.capacity, **shape, BM=block, BN=step, **flags, BRACKET=part.chunks > 0,
             ASM=queries.is_cuda, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         listed = triton.next_power_of_2(part.capacity)
         select_kernel[(part.rows, batch * heads)](
-            scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.above, cuts, ties, waiting, queue,
+            scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, cuts, ties, waiting, queue,
             start, part.rows, rows, total, *stack.before.arguments(), *budget, part.capacity, BC=listed, **flags,
             **ranks, BRACKET=part.chunks > 0, num_warps=min(8, max(1, listed // 512)), num_stages=1,
         )  # fmt: skip
@@ -226,12 +226,12 @@ class Scratch:
     highs: torch.Tensor
     lists: torch.Tensor
     counts: torch.Tensor
-    above: torch.Tensor
+    reached: torch.Tensor
 
     @classmethod
     def empty(cls, part: Part, heads: int, device: torch.device) -> Scratch:
         size = heads * part.rows
         lows, highs = torch.empty(2, size, dtype=torch.float32, device=device)
-        counts, above = torch.empty(2, 4 * size, dtype=torch.int32, device=device)
+        counts, reached = torch.empty(2, 4 * size, dtype=torch.int32, device=device)
         lists = torch.empty(4 * size * part.capacity, dtype=torch.float32, device=device)
-        return cls(lows, highs, lists, counts, above)
+        return cls(lows, highs, lists, counts, reached)

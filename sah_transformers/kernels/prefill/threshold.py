@@ -1,7 +1,7 @@
 """Triton: the exact k-th best score of every row, without storing Q x K scores.
 
 Four kernels. ``bracket_kernel`` brackets the k-th score by a sample of the keys. ``emit_kernel`` computes all scores,
-counts those above the bracket and writes those inside. ``select_kernel`` finds the exact cut among the written.
+counts those at or above the bracket and writes those inside. ``select_kernel`` finds the exact cut among the written.
 ``settle_kernel`` redoes the few rows whose bracket missed, or whose cut falls among equal scores, by a radix search.
 A cut is proven: exactly k candidates have a score above it, or equal to it at a position up to ``tie``.
 """
@@ -95,8 +95,9 @@ def bracket_kernel(
 
 
 @triton.jit
-def write_between(b_s, b_low, b_high, p_list, b_above, BM: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr):
-    """Write the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the ends ``p_list`` of the rows' four lists.
+def write_between(b_s, b_low, b_high, p_list, b_end, b_reached, BM: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr):
+    """Write the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the ends of the rows' four lists, ``b_end`` bytes
+    from ``p_list`` (below 2 GiB).
 
     A quarter of a row is what one thread holds of it in a matrix unit's result: no thread waits for another. A
     ``tl.store`` would first move every score to another thread, so the store is written out (ASM; False for the
@@ -105,43 +106,44 @@ def write_between(b_s, b_low, b_high, p_list, b_above, BM: tl.constexpr, SIZE: t
     if SIZE == 1:
         b_x = tl.reshape(b_s, [BM, 4])
         if ASM:
-            p_list, b_above = tl.inline_asm_elementwise(
-                """{ .reg .pred p, r;
-                setp.ge.f32 p, $2, $3;
-                setp.le.and.f32 p, $2, $4, p;
-                setp.gt.f32 r, $2, $4;
-                @p st.global.f32 [$5], $2;
-                mov.b64 $0, $5;
-                @p add.s64 $0, $0, 4;
+            b_end, b_reached = tl.inline_asm_elementwise(
+                """{ .reg .pred p, r; .reg .b64 a;
+                setp.ge.f32 r, $2, $3;
+                setp.le.and.f32 p, $2, $4, r;
+                cvt.u64.u32 a, $5;
+                add.u64 a, a, $7;
+                @p st.global.f32 [a], $2;
+                mov.b32 $0, $5;
+                @p add.s32 $0, $0, 4;
                 mov.b32 $1, $6;
                 @r add.s32 $1, $1, 1; }""",
-                "=&l,=&r,f,f,f,l,r",
-                [b_x, b_low, b_high, p_list, b_above],
-                dtype=(tl.int64, tl.int32),
+                "=&r,=&r,f,f,f,r,r,l",
+                [b_x, b_low, b_high, b_end, b_reached, p_list.to(tl.int64)],
+                dtype=(tl.int32, tl.int32),
                 is_pure=False,
                 pack=1,
             )
         else:
             m_x = (b_x >= b_low) & (b_x <= b_high)
-            tl.store(p_list.to(tl.pointer_type(tl.float32), bitcast=True), b_x, mask=m_x)
-            p_list += m_x.to(tl.int64) * 4
-            b_above += (b_x > b_high).to(tl.int32)
-        return p_list, b_above
+            tl.store(p_list + b_end // 4, b_x, mask=m_x)
+            b_end += m_x.to(tl.int32) * 4
+            b_reached += (b_x >= b_low).to(tl.int32)
+        return b_end, b_reached
     else:
         b_left, b_right = tl.split(tl.reshape(b_s, [BM, 4, SIZE // 2, 2]))
-        p_list, b_above = write_between(b_left, b_low, b_high, p_list, b_above, BM, SIZE // 2, ASM)
-        return write_between(b_right, b_low, b_high, p_list, b_above, BM, SIZE // 2, ASM)
+        b_end, b_reached = write_between(b_left, b_low, b_high, p_list, b_end, b_reached, BM, SIZE // 2, ASM)
+        return write_between(b_right, b_low, b_high, p_list, b_end, b_reached, BM, SIZE // 2, ASM)
 
 
 @triton.jit
 def emit_tiles(
-    p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, i_first, i_last, K, stride_k,
+    b_end, b_reached, b_lost, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, i_first, i_last, K, stride_k,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
 
-    From ``p_full`` on a list may not hold what a tile adds: its end is then overwritten and its row settled later.
+    From ``b_full`` on a list may not hold what a tile adds: its end is then overwritten and its row settled later.
     """
     o_n = tl.arange(0, BN)
     for i_n in range(i_first, i_last, BN):
@@ -153,15 +155,15 @@ def emit_tiles(
             m_s = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
-        b_over = tl.maximum(p_list - p_full, 0)
+        b_over = tl.maximum(b_end - b_full, 0)
         b_lost += b_over
-        p_list, b_above = write_between(b_s, b_low, b_high, p_list - b_over, b_above, BM, BN // 4, ASM)
-    return p_list, b_above, b_lost
+        b_end, b_reached = write_between(b_s, b_low, b_high, p_list, b_end - b_over, b_reached, BM, BN // 4, ASM)
+    return b_end, b_reached, b_lost
 
 
 @triton.jit
 def emit_kernel(
-    q, k, lows, highs, lists, list_counts, list_above,
+    q, k, lows, highs, lists, list_counts, list_reached,
     i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
     first, first_bits, last, last_bits, capacity,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
@@ -170,8 +172,8 @@ def emit_kernel(
 ):  # fmt: skip
     """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
 
-    ``lists`` ``[B*H, rows, 4, capacity]``; ``list_counts`` and ``list_above`` ``[B*H, rows, 4]``, the count negative
-    (minus the true number) where the list was too short.
+    ``lists`` ``[B*H, rows, 4, capacity]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
+    the bracket (negative where the list was too short) and how many at or above its lower end.
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -191,9 +193,9 @@ def emit_kernel(
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
     o_l = tl.arange(0, 4)
     o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
-    p_first = (lists + o_c * capacity).to(tl.int64)
-    p_full = p_first + (capacity - BN // 4) * 4
-    p_list = p_first
+    b_first = (o_c * capacity * 4).to(tl.int32)
+    b_full = b_first + (capacity - BN // 4) * 4
+    b_end = b_first
     begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
     end = tl.max(tl.where(b_start > b_stop, b_start, 0), 0)
     begin = tl.minimum(begin, end) // BN * BN
@@ -201,23 +203,23 @@ def emit_kernel(
     inner_end = tl.min(tl.where(m_r, b_start, 2147483647), 0) // BN * BN
     inner = tl.maximum(tl.minimum(inner, tl.cdiv(end, BN) * BN), begin)
     inner_end = tl.maximum(inner_end, inner)
-    b_above = tl.zeros([BM, 4], tl.int32)
-    b_lost = tl.zeros([BM, 4], tl.int64)
-    p_list, b_above, b_lost = emit_tiles(
-        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, begin, inner, K, stride_kk,
+    b_reached = tl.zeros([BM, 4], tl.int32)
+    b_lost = tl.zeros([BM, 4], tl.int32)
+    b_end, b_reached, b_lost = emit_tiles(
+        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, begin, inner, K, stride_kk,
         D, BD, BM, BN, True, PRECISION, ASM,
     )  # fmt: skip
-    p_list, b_above, b_lost = emit_tiles(
-        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, inner, inner_end, K, stride_kk,
+    b_end, b_reached, b_lost = emit_tiles(
+        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, inner, inner_end, K, stride_kk,
         D, BD, BM, BN, False, PRECISION, ASM,
     )  # fmt: skip
-    p_list, b_above, b_lost = emit_tiles(
-        p_list, b_above, b_lost, b_q, p_k, p_full, b_low, b_high, b_stop, b_start, inner_end, end, K, stride_kk,
+    b_end, b_reached, b_lost = emit_tiles(
+        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, inner_end, end, K, stride_kk,
         D, BD, BM, BN, True, PRECISION, ASM,
     )  # fmt: skip
-    b_count = ((p_list - p_first + b_lost) // 4).to(tl.int32)
+    b_count = (b_end - b_first + b_lost) // 4
     tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
-    tl.store(list_above + o_c, b_above, mask=m_r[:, None])
+    tl.store(list_reached + o_c, b_reached, mask=m_r[:, None])
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def restored(b_i):
 
 @triton.jit
 def select_kernel(
-    lows, highs, lists, list_counts, list_above, cuts, ties, waiting, queue,
+    lows, highs, lists, list_counts, list_reached, cuts, ties, waiting, queue,
     i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity,
     BC: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
     BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
@@ -253,8 +255,8 @@ def select_kernel(
         o_l = tl.arange(0, 4)
         i_list = (i_bh * rows + i_r) * 4
         b_count = tl.load(list_counts + i_list + o_l)
-        above = tl.sum(tl.load(list_above + i_list + o_l), 0)
         inside = tl.sum(tl.abs(b_count), 0)
+        above = tl.sum(tl.load(list_reached + i_list + o_l), 0) - inside
         short = tl.min(b_count, 0) < 0
         wanted = wanted - above
         tie = n * 0 + MISSED

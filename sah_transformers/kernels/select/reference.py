@@ -11,6 +11,9 @@ REACHED = 1e-6
 
 LOWEST = float("-inf")
 
+TINY = 1e-30
+"""Mass below this has lost precision in float32."""
+
 
 def select_top_k(
     estimates: torch.Tensor,
@@ -138,11 +141,11 @@ def _thresholds(
     weights: torch.Tensor, top_p: float, held: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each row, ``[..., 1]``: the threshold, how close its decision was (a share of the mass), and whether the row
-    takes nothing because it has no mass or holds enough already."""
+    holds enough already. A row whose mass is all zero has the threshold 0: every weight ties."""
     ordered = weights.sort(dim=-1, descending=True).values
     mass = ordered.cumsum(-1, dtype=torch.float64)
     total = mass[..., -1:] + held
-    nothing = total - held <= 0
+    nothing = torch.zeros_like(total, dtype=torch.bool)
     if top_p == 1.0:
         return ordered[..., -1:], torch.ones_like(total), nothing
     target = top_p - REACHED
@@ -152,6 +155,7 @@ def _thresholds(
     slack = (share - target).abs().amin(-1, keepdim=True)
     if top_p > 0:
         start = held / total
-        nothing = nothing | ((start >= target) & (held > 0))
+        nothing = (start >= target) & (held > 0)
         slack = torch.minimum(slack, torch.where(held > 0, (start - target).abs(), 1.0))
+    slack = slack.masked_fill(total - held < TINY, 0.0)
     return threshold, slack, nothing

@@ -1,0 +1,36 @@
+"""The examples run as they stand, offline, and are as short as they claim."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_under_40_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+
+
+def test_the_example_masker_selects_what_it_says(monkeypatch, capsys):
+    """The example's masker against its own sentence: the best sums of q over the signs of k."""
+    import torch
+
+    from sah_transformers import sparse_attention
+
+    runpy.run_path(str(next(p for p in EXAMPLES if p.stem == "write_a_masker")), run_name="example")
+    torch.manual_seed(1)
+    queries, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 40, 8)
+    _, mask = sparse_attention(queries, keys, keys, [{"type": "sign", "heavy_size": 5}])
+    for head in range(4):
+        best = (queries[0, head] @ keys[0, head // 2].sign().T).topk(5).indices
+        assert set(mask.active()[0, head, 0].nonzero().flatten().tolist()) == set(best.flatten().tolist())

@@ -1,0 +1,157 @@
+"""Every decode kernel compiles for the supported GPU generations without a GPU.
+
+The launches of representative calls are recorded instead of run, on tensors without storage, and each is compiled
+as it would be launched. Run alone, `python tests/test_kernel_compile.py` prints registers, spills and shared memory.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+STACKS = {
+    "bands": [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}],
+    "best": [
+        {"type": "sink", "sink_size": 128},
+        {"type": "local", "window_size": 128},
+        {"type": "oracle_top_k", "heavy_size": 0.05},
+    ],
+    "wide": [{"type": "oracle_top_k", "heavy_size": 0.5}],
+    "group": [{"type": "local", "window_size": 128}, {"type": "oracle_top_k", "heavy_size": 0.05, "gqa": "group"}],
+    "mass": [{"type": "sink", "sink_size": 128}, {"type": "oracle_top_p", "top_p": 0.9}],
+}
+FORMS = {
+    "bf16": {"dtype": torch.bfloat16},
+    "float32 D=80": {"dtype": torch.float32, "D": 80},
+    "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
+}
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass
+class Launch:
+    kernel: object
+    args: tuple
+    constants: dict
+    warps: int
+
+
+def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
+    """What one decode call would launch."""
+    from sah_transformers.kernels.decode import kernel
+    from sah_transformers.kernels.decode.stack import read_stack
+    from sah_transformers.maskers import MaskerRegistry
+
+    recorded = []
+
+    class Recorder:
+        def __init__(self, plan):
+            pass
+
+        def __call__(self, kernel, grid, *args, warps=4, **constants):
+            recorded.append(Launch(kernel, args, constants, warps))
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    described = [MaskerRegistry.create_masker(config).describe() for config in STACKS[stack]]
+    inputs = kernel.Inputs(
+        q=tensor(B, H, Q, D),
+        k=tensor(B, G, K, D),
+        v=tensor(B, G, K, D),
+        mask=tensor(B, Q, K, dtype=torch.bool) if masked else None,
+        sinks=tensor(H) if masked else None,
+        causal=True,
+        scaling=0.1,
+        softcap=softcap,
+        least=0,
+        stack=read_stack(described, H // G),
+    )
+    launcher, kernel.Launcher = kernel.Launcher, Recorder
+    try:
+        kernel.decode_rows(inputs)
+    finally:
+        kernel.Launcher = launcher
+    return recorded
+
+
+def compiled(launch, architecture):
+    """Triton's result for one launch, as if called with these arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64"}
+    function = launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    plain = set(function.do_not_specialize or ())
+    for i, (name, value) in enumerate(zip(function.arg_names, (*launch.args, *launch.constants.values()), strict=True)):
+        if name in launch.constants:
+            signature[name], constants[(i,)] = "constexpr", value
+            assert function.arg_names[i] == list(launch.constants)[i - len(launch.args)], (function, name)
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = names[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and name not in plain:
+            signature[name], constants[(i,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and name not in plain:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": launch.warps})
+
+
+def main(architectures):
+    for architecture in architectures:
+        for stack in STACKS:
+            for form, options in FORMS.items():
+                for launch in launches(stack, **options):
+                    result = compiled(launch, architecture)
+                    print("compiled", architecture, stack, form, launch.kernel.__name__, resources(result, architecture), flush=True)
+
+
+def resources(result, architecture):
+    """Registers, spills and shared memory by ptxas, where it is at hand."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(result.asm["ptx"])
+        file.flush()
+        found = re.search(r"\.target (sm_\w+)", result.asm["ptx"])
+        ptxas = knobs.nvidia.ptxas_blackwell.path  # reads every version of PTX
+        command = [ptxas, "-v", f"--gpu-name={found.group(1)}", file.name, "-o", "/dev/null"]
+        text = "".join(subprocess.run(command, capture_output=True, text=True).__dict__[k] for k in ("stdout", "stderr"))
+    used = re.search(r"Used (\d+) registers", text)
+    spilled = re.search(r"(\d+) bytes spill stores", text)
+    return {
+        "registers": used and int(used.group(1)),
+        "spilled": spilled and int(spilled.group(1)),
+        "shared": result.metadata.shared,
+        "instructions": result.asm["ptx"].count(";"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles(architecture):
+    """In a process of its own: the interpreter, once imported, cannot be left."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, __file__, str(architecture)], env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("compiled") >= 40
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:]] or [90])
