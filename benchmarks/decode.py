@@ -116,7 +116,11 @@ def check(name, stack, batch, keys, scale):
     call = call_of(stack, q, k, v)
     out = decode(call)
     assert torch.equal(out, decode(call)), f"{name}: two runs differ"
-    truth = run(call)[0] if batch == 1 else torch.cat([run(call_of(stack, q[i:i+1], k[i:i+1], v[i:i+1]))[0] for i in range(batch)])
+    truth = (
+        run(call)[0]
+        if batch == 1
+        else torch.cat([run(call_of(stack, q[i : i + 1], k[i : i + 1], v[i : i + 1]))[0] for i in range(batch)])
+    )
     error = (out.double() - truth.double()).norm() / truth.double().norm()
     assert error < 1e-2, f"{name}: error {error}"
     return error.item()
@@ -199,7 +203,11 @@ def sweep():
             for changes in variants:
                 try:
                     times = stage_us(tuned(call, **changes))
-                    print(f"{keys:7d} {kernel} {times[kernel]:7.1f} us, combine {times['combine_kernel']}", changes, flush=True)
+                    print(
+                        f"{keys:7d} {kernel} {times[kernel]:7.1f} us, combine {times['combine_kernel']}",
+                        changes,
+                        flush=True,
+                    )
                 except Exception as error:
                     print(keys, kernel, changes, repr(error)[:200])
     engine.PLANS.clear()
@@ -214,7 +222,9 @@ def main():
     rate = copy_rate()
     results = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s")
-    print(f"{'case':24} {'B':>2} {'keys':>7} {'ours':>8} {'dense':>8} {'ratio':>6} {'target':>6} {'MB':>6} {'of copy':>7}")
+    print(
+        f"{'case':24} {'B':>2} {'keys':>7} {'ours':>8} {'dense':>8} {'ratio':>6} {'target':>6} {'MB':>6} {'of copy':>7}"
+    )
     for name, stack, batch, keys, scale, target in CASES[:1] if arguments.quick else CASES:
         try:
             error = check(name, stack, batch, keys, scale)
@@ -239,7 +249,16 @@ def main():
         if arguments.stages:
             print("   ", stage_us(lambda call=call: decode(call)), flush=True)
         results.append(
-            {"case": name, "B": batch, "K": keys, "q": scale, "ms": ours, "dense_ms": dense, "ratio": ratio, "target": target}
+            {
+                "case": name,
+                "B": batch,
+                "K": keys,
+                "q": scale,
+                "ms": ours,
+                "dense_ms": dense,
+                "ratio": ratio,
+                "target": target,
+            }
         )
         del q, k, v, call
         torch.cuda.empty_cache()

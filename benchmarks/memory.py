@@ -92,11 +92,9 @@ def main() -> None:
             pair.append(json.loads(done.stdout.splitlines()[-1]))
         a, b = pair
         cases += pair
-        scores_mib = 4 * BATCH * HEADS * length**2 / 2**20
-        rows.append(
-            [f"{length:,}", f"{a['peak_mib']:.0f}", f"{b['peak_mib']:.0f}", f"{scores_mib:,.0f}"]
-            + [f"{a['p50_s']:.2f}", f"{b['p50_s']:.3f}", f"{a['p50_s'] / b['p50_s']:.0f}x", str(a["runs"])]
-        )
+        memory = [a["peak_mib"], b["peak_mib"], 4 * BATCH * HEADS * length**2 / 2**20]
+        seconds = [f"{a['p50_s']:.2f}", f"{b['p50_s']:.3f}", f"{a['p50_s'] / b['p50_s']:.0f}x", str(a["runs"])]
+        rows.append([f"{length:,}", *(f"{mib:,.0f}" for mib in memory), *seconds])
         print(f"{length:,} done", file=sys.stderr)
     columns = ["Q = K", "sparse MiB", "dense MiB", "(all scores MiB)", "sparse s", "dense s", "ratio", "runs"]
     shapes = {"B": BATCH, "H": HEADS, "G": KV_HEADS, "D": DIM, "dtype": "float32", "stack": STACK}

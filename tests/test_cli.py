@@ -210,7 +210,7 @@ def test_show_mask_is_the_selection(folder):
     model, _ = models.load(str(folder))
     models.enable(model, models.parse_sparse('[{"type": "sink", "sink_size": 2}, {"type": "local", "window_size": 3}]'))
     with record(model, masks=[1]) as log:
-        model.generate(torch.arange(20)[None], max_new_tokens=4, do_sample=False)
+        model.generate(torch.arange(1, 21)[None], max_new_tokens=4, do_sample=False)
     image = head_mask(log, 1, 2)
     assert image.shape == (23, 23)
     row, key = torch.arange(23)[:, None], torch.arange(23)

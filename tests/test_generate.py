@@ -89,7 +89,9 @@ def test_assistant_model(name):
     assistant = build(MODELS[name][0])
     assistant.load_state_dict(model.state_dict())
     calls = []
-    handle = model.register_forward_hook(lambda m, args, kwargs, out: calls.append(out.logits.shape[1]), with_kwargs=True)
+    handle = model.register_forward_hook(
+        lambda m, args, kwargs, out: calls.append(out.logits.shape[1]), with_kwargs=True
+    )
     answer = generate(model, IDS, new=12, assistant_model=assistant)
     handle.remove()
     assert torch.equal(answer, generate(truth, IDS, new=12))
@@ -150,9 +152,7 @@ def test_attention_weights_are_returned_only_when_asked():
 def test_attention_weights_in_generate_and_with_dense_layers():
     model = sparse({"maskers": STACK, "dense_layers": [0]})
     eager = build(attn="eager")
-    out = model.generate(
-        IDS, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
-    )
+    out = model.generate(IDS, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True)
     assert [len(step) for step in out.attentions] == [2, 2, 2]
     assert [step[0].shape[-1] for step in out.attentions] == [13, 14, 15]
     first = eager(IDS, output_attentions=True).attentions[0]

@@ -5,6 +5,7 @@ first row that differs is shown, its keys must be within 1e-5 of the score scale
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_order(stack):
 def test_order_of_sparse_attention(stack):
     q, k, v = tensors()
     masks = [sparse_attention(q, k, v, stack[:n])[1].get_dense_mask() for n in range(1, len(stack) + 1)]
-    for less, more in zip(masks, masks[1:], strict=False):
+    for less, more in itertools.pairwise(masks):
         assert (more >= less).all()
 
 

@@ -48,13 +48,14 @@ REFUSED = {
             *["MvpForCausalLM", "OpenAIGPTLMHeadModel", "ProphetNetForCausalLM", "ReformerModelWithLMHead"],
             *["RemBertForCausalLM", "RoFormerForCausalLM", "TrOCRForCausalLM", "XGLMForCausalLM"],
             *["XLMWithLMHeadModel", "XLNetLMHeadModel"],
-            # No attention at all.
-            *["FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "RwkvForCausalLM"],
-            "xLSTMForCausalLM",
         ],
         OUTSIDE,
     ),
+    **dict.fromkeys(["FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM"], "no attention layers"),
+    **dict.fromkeys(["RwkvForCausalLM", "xLSTMForCausalLM"], ""),
+    "ZambaForCausalLM": "no layer index of their own",  # its modules serve several layers, told at each call
     "MiniMaxM3VLForCausalLM": "block_indices",
+    "BigBirdPegasusForCausalLM": "not causal",  # its decoder's modules say so, wrongly
     "BltForCausalLM": "",  # four transformers, each with layer indices of its own
 }
 OPTIONAL_PACKAGES = {"Gemma3nForConditionalGeneration": "requires the"}  # timm, pillow: for the vision tower

@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -327,8 +326,8 @@ def test_the_same_masker_twice_in_a_stack():
     assert torch.equal(generate(model, IDS), alone(IDS, config=config))
     cache = DynamicCache()
     feed(model, IDS, cache)
-    sizes = {b.shape[2] for b in cache.layers[0].sah_state.side(sah_transformers.MaskerRegistry.create_masker(CONFIG[1])).values()}
-    assert sizes == {13}
+    side = cache.layers[0].sah_state.side(MaskerRegistry.create_masker(CONFIG[1]))
+    assert {data.shape[2] for data in side.values()} == {13}
 
 
 def test_configs_that_only_compare_equal_do_not_share(monkeypatch):
@@ -613,11 +612,7 @@ def test_selections_under_every_mode_are_those_without_a_cache():
             assert torch.equal(mask, truth[at][0]), (options, at)
 
 
-def test_error_messages_of_append_name_the_masker():
-    with pytest.raises(ValueError, match=re.escape("Sketch.append must return")):
-        original = Sketch.append
-        try:
-            Sketch.append = append_of(lambda keys: {"sketch": keys[:, :, 1:]})
-            logits(sparse(CONFIG), IDS)
-        finally:
-            Sketch.append = original
+def test_error_messages_of_append_name_the_masker(monkeypatch):
+    monkeypatch.setattr(Sketch, "append", append_of(lambda keys: {"sketch": keys[:, :, 1:]}))
+    with pytest.raises(ValueError, match=r"Sketch\.append must return"):
+        logits(sparse(CONFIG), IDS)

@@ -27,9 +27,10 @@ def sah_mask(
 
     Transformers would also skip the mask of a static cache's prefill, where None means upper-left order.
     """
-    if getattr(config, "model_type", None) == "deepseek_v4":  # adds float biases to the mask
+    model_type = getattr(config, "model_type", None)
+    if model_type == "deepseek_v4":  # adds float biases to the mask
         return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
-    if q_length not in (1, kv_length):
+    if q_length not in (1, kv_length) or model_type == "doge":  # Doge adds its own mask to a None
         allow_is_causal_skip = False
     return sdpa_mask(
         q_length=q_length,

@@ -64,14 +64,19 @@ def _uses_interface(kind: Any) -> bool:
 
 def attention_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """(name, module) of the language model's attention layers, in order."""
+    return [(name, module) for name, module in _interface_modules(model) if isinstance(module.layer_idx, int)]
+
+
+def _interface_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The language model's modules that look their attention up in the interface; ``layer_idx`` may be None."""
     config: Any = getattr(model, "config", None)
-    kind = type(text_config(config)) if config is not None else None
+    kind: Any = object if config is None else type(text_config(config))
     return [
         (name, module)
         for name, module in model.named_modules()
         if _uses_interface(module.__class__)
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and isinstance(getattr(module, "config", None), kind or object)
+        and hasattr(module, "layer_idx")
+        and isinstance(getattr(module, "config", None), kind)
     ]
 
 
@@ -79,6 +84,10 @@ def why_unsupported(model: PreTrainedModel) -> str:
     """Why no layer of the model can be sparse; empty if some can."""
     modules = attention_modules(model)
     if not modules:
+        if _interface_modules(model):
+            return "its attention modules have no layer index of their own"
+        if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+            return "it has no attention layers"
         return NOT_THROUGH_INTERFACE
     if any("block_indices" in _forward_source(module.__class__) for _, module in modules):
         return "it selects blocks of keys itself (block_indices)"
@@ -98,14 +107,14 @@ def check_class(kind: type[PreTrainedModel], config: Any) -> None:
     Raises:
         ValueError: naming the model and the reason.
     """
-    if getattr(config, "sub_configs", None):
-        return
     module = sys.modules.get(kind.__module__)
     try:
         source = inspect.getsource(module) if module else ""
     except (OSError, TypeError):
         return
-    if re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE) and "ALL_ATTENTION_FUNCTIONS" not in source:
+    by_table = "_CLASSES[config._attn_implementation]" in source  # would fail with a bare KeyError
+    alone = not getattr(config, "sub_configs", None) and re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE)
+    if by_table or (alone and "ALL_ATTENTION_FUNCTIONS" not in source):
         raise ValueError(f"{kind.__name__} cannot use sparse attention: {NOT_THROUGH_INTERFACE}")
 
 

@@ -1,0 +1,282 @@
+"""The prefill kernels against the reference: on a GPU, or on a CPU through Triton's interpreter.
+
+Without a GPU the tests run in a process of their own, because the interpreter is chosen when triton is imported.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sah_transformers.attention import _join, make_call, run
+from sah_transformers.kernels.prefill import prefill, why_not
+from sah_transformers.kernels.prefill.stack import Bands, stack_of
+from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.selections import Best, Everything, First, Last, Mass
+
+GPU = torch.cuda.is_available()
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and not GPU
+HERE = GPU or INTERPRETER
+DEVICE = "cuda" if GPU else "cpu"
+SINK, LOCAL = {"type": "sink", "sink_size": 5}, {"type": "local", "window_size": 9}
+runs_kernels = pytest.mark.skipif(not HERE, reason="runs in the interpreter's process or on a GPU")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+
+def best(budget, **more):
+    return {"type": "oracle_top_k", "heavy_size": budget, **more}
+
+
+@pytest.mark.skipif(HERE, reason="the tests themselves run here")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def data(kind, B, H, G, Q, K, D, Dv, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(shape, generator=generator) for shape in ((B, H, Q, D), (B, G, K, D), (B, G, K, Dv))
+    )
+    if kind == "zero queries":
+        q = torch.zeros_like(q)
+    elif kind == "constant keys":
+        k = k[:, :, :1].expand_as(k).clone()
+    elif kind == "duplicated keys":
+        k = k[:, :, torch.randint(0, 4, (K,), generator=generator)]
+    elif kind == "small integers":  # every score is exact, most are equal to others
+        q, k = q.round().clamp(-2, 2), k.round().clamp(-2, 2)
+    elif kind == "signed zeros":
+        q, k = q.sign(), torch.where(torch.rand(k.shape, generator=generator) < 0.8, 0.0, k.sign()) * -1.0
+    elif kind == "huge":
+        q, k = q * 50, k * 50
+    elif kind == "tiny":
+        q, k = q * 1e-3, k * 1e-3
+    return tuple(x.to(dtype).to(DEVICE) for x in (q, k, v))
+
+
+def make(tensors, maskers, **options):
+    return make_call(*tensors, [MaskerRegistry.create_masker(m) for m in maskers], **options)
+
+
+def kernel(call):
+    """(out, keys per row), both poisoned first through torch's allocator."""
+    assert why_not(call) == ""
+    counts = torch.full(call.shape[:3], -7, dtype=torch.int32, device=DEVICE)
+    empty = torch.Tensor.new_empty
+    poison = pytest.MonkeyPatch()
+
+    def poisoned(self, *shape, **options):
+        out = empty(self, *shape, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    def torch_empty(*shape, **options):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        value = torch.nan if options.get("dtype", torch.float32).is_floating_point else -(2**30)
+        return torch.full(shape, value, **options)
+
+    with poison.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        patch.setattr(torch, "empty", torch_empty)
+        out = prefill(call, counts)
+    return out, counts
+
+
+def reference(call):
+    """(out, mask) of the definition."""
+    masks = []
+    out, _ = run(call, masks=masks)
+    return out, _join(masks, call).active()
+
+
+def exact(call, mask):
+    """Float64 attention over ``mask``, and what eager PyTorch makes of it in the call's dtype."""
+    groups = call.queries.shape[1] // call.keys.shape[1]
+    results = []
+    for dtype in (torch.float64, call.queries.dtype):
+        q = call.queries.to(dtype)
+        k, v = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (call.keys, call.values))
+        scores = q @ k.transpose(-1, -2) * call.context.scaling
+        if call.context.softcap is not None:
+            scores = call.context.softcap * torch.tanh(scores / call.context.softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if call.sinks is not None:
+            sinks = call.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], -1)
+        softmax = torch.float64 if dtype == torch.float64 else torch.float32
+        weights = scores.softmax(-1, dtype=softmax).to(dtype)[..., : k.shape[2]]
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        results.append((weights @ v).transpose(1, 2))
+    return results
+
+
+def check_output(call, out, mask):
+    truth, eager = exact(call, mask)
+    step = torch.finfo(out.dtype).eps * truth.abs().amax()
+    limit = 2 * ((eager.double() - truth).abs().amax() + step)
+    error = (out.double() - truth).abs().amax()
+    assert out.isfinite().all()
+    assert error <= limit, (error, limit)
+
+
+def check(call):
+    out, counts = kernel(call)
+    _, mask = reference(call)
+    assert torch.equal(counts.long(), mask.sum(-1)), "keys per row"
+    check_output(call, out, mask)
+    return out
+
+
+BANDS = {
+    "causal": ((1, 2, 1, 70, 70, 16, 16), [SINK, LOCAL], {}),
+    "chunk": ((2, 4, 2, 33, 75, 20, 24), [{"type": "sink", "sink_size": 0.1}, LOCAL], {}),
+    "more queries": ((1, 2, 2, 40, 20, 16, 80), [LOCAL], {}),
+    "not causal": ((1, 3, 1, 20, 50, 96, 16), [SINK, {"type": "local", "window_size": 0.2}], {"is_causal": False}),
+    "everything": ((1, 2, 1, 20, 45, 16, 16), [SINK, {"type": "causal"}], {"softcap": 2.0}),
+    "dense": ((1, 2, 1, 20, 45, 16, 16), [], {"scaling": 0.3}),
+    "short rows dense": ((1, 2, 1, 45, 45, 16, 16), [LOCAL], {"min_keys": 30}),
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", BANDS)
+def test_bands(name, dtype):
+    shape, maskers, options = BANDS[name]
+    check(make(data("normal", *shape, dtype), maskers, **options))
+
+
+@runs_kernels
+def test_learned_sinks_also_of_rows_without_keys():
+    tensors = data("normal", 1, 2, 1, 40, 20, 16, 16, torch.float32)
+    out = check(make(tensors, [LOCAL], sinks=torch.randn(2, device=DEVICE)))
+    assert (out[:, :20] == 0).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("budget", [1, 3, 47, 48, 100, 0.2, 1.0])
+def test_budgets(budget):
+    check(make(data("small integers", 1, 1, 1, 8, 48, 16, 16, torch.float16), [best(budget)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "kind",
+    ["normal", "zero queries", "constant keys", "duplicated keys", "small integers", "signed zeros", "huge", "tiny"],
+)
+def test_exactly_the_budget_and_lower_positions_first(kind, monkeypatch):
+    """With the values a unit matrix the output shows the selection itself."""
+    tensors = list(data(kind, 1, 2, 1, 12, 64, 16, 64, torch.float32))
+    tensors[2] = torch.eye(64, device=DEVICE)[None, None].clone()
+    call = make(tensors, [SINK, best(0.25), LOCAL], scaling=0.01)
+    out, counts = kernel(call)
+    _, mask = reference(call)
+    assert torch.equal(counts.long(), mask.sum(-1))
+    if kind != "huge":  # where weights vanish
+        assert torch.equal(out.transpose(1, 2) > 0, mask)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["normal", "constant keys", "duplicated keys"])
+def test_bracket_and_tiles_of_queries(kind, monkeypatch):
+    """Sampled brackets, lists that overflow, several tiles of queries: small scratch makes small shapes take them."""
+    from sah_transformers.kernels.prefill import launch
+
+    monkeypatch.setattr(launch, "ALWAYS_LISTED", 32)
+    monkeypatch.setattr(launch, "SAMPLE_STRIDE", 1)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2**15)
+    check(make(data(kind, 1, 2, 1, 40, 160, 16, 16, torch.float32), [SINK, LOCAL, best(0.1)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("deviations", [0.0, -2.0])
+def test_a_missed_bracket_is_settled(deviations, monkeypatch):
+    from sah_transformers.kernels.prefill import launch
+
+    monkeypatch.setattr(launch, "ALWAYS_LISTED", 32)
+    monkeypatch.setattr(launch, "SAMPLE_STRIDE", 1)
+    monkeypatch.setattr(launch, "DEVIATIONS", deviations)
+    monkeypatch.setattr(launch.Part, "sized", classmethod(lambda cls, rows, *_: cls(rows, 1, 96, 32)))
+    check(make(data("small integers", 1, 1, 1, 12, 150, 16, 16, torch.float32), [SINK, best(0.1)]))
+
+
+@runs_kernels
+def test_strided_inputs_and_two_runs_give_the_same_bits():
+    q, k, v = data("normal", 1, 2, 1, 16, 60, 16, 16, torch.float16)
+    wide = torch.full((1, 1, 90, 16), torch.nan, dtype=k.dtype, device=DEVICE)
+    wide[:, :, 10:70] = k
+    strided = (q.transpose(1, 2).contiguous().transpose(1, 2), wide[:, :, 10:70], v.transpose(2, 3).contiguous().mT)
+    maskers = [SINK, best(0.2)]
+    first, _ = kernel(make((q, k, v), maskers))
+    second, _ = kernel(make(strided, maskers))
+    assert torch.equal(first, second)
+
+
+def test_what_is_not_covered_has_a_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = data("normal", 1, 2, 1, 4, 9, 16, 16, torch.float32)
+    padded = torch.ones(1, 9, device=DEVICE)
+    if importlib.util.find_spec("triton") is None:
+        assert "triton" in why_not(make((q, k, v), [SINK]))
+        return
+    assert why_not(make((q, k, v), [SINK, best(3), LOCAL])) == ""
+    assert "mask or padding" in why_not(make((q, k, v), [SINK], attention_mask=padded))
+    assert "dropout" in why_not(make((q, k, v), [SINK], dropout=0.1))
+    assert "per KV head" in why_not(make((q, k, v), [best(3, gqa="group")]))
+    assert "more than one" in why_not(make((q, k, v), [best(3), best(4)]))
+    assert "scaling" in why_not(make((q, k, v), [best(3)], scaling=-1.0))
+    assert "Mass" in why_not(make((q, k, v), [{"type": "oracle_top_p", "top_p": 0.9}]))
+    assert "gradients" in why_not(make((q.clone().requires_grad_(), k, v), [SINK]))
+    assert "dtypes" in why_not(make((q.double(), k.double(), v.double()), [SINK]))
+
+
+def test_stacks():
+    assert Bands.of([First(3), First(5), Last(2)]) == Bands(5, 2)
+    assert Bands.of([First(3), First(0.5)]) is None
+    assert Bands.of([Everything(), First(0.5)]).last == 2**31 - 1
+    stack = stack_of([First(3), Best(7, False), Last(2)])
+    assert stack.before == Bands(3, 0)
+    assert stack.bands == Bands(3, 2)
+    assert stack.best == Best(7, False)
+    assert isinstance(stack_of([Mass(0.9, False, False)]), str)
+    assert isinstance(stack_of([None]), str)
+
+
+LARGE = {
+    "D=128": ((1, 8, 2, 3000, 3000, 128, 128), 0.05),
+    "D=64 chunk": ((2, 4, 2, 700, 2900, 64, 64), 0.05),
+    "D=80 Dv=96": ((1, 2, 2, 1500, 1500, 80, 96), 100),
+    "D=192 Dv=128": ((1, 2, 1, 1100, 2100, 192, 128), 0.3),
+    "D=256": ((1, 4, 1, 600, 2600, 256, 256), 64),
+    "half": ((1, 7, 1, 2100, 2100, 128, 128), 0.5),
+    "MQA 32": ((1, 32, 1, 128, 4096, 64, 64), 0.02),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("kind", ["normal", "small integers"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_large(name, dtype, kind):
+    """Random scores: exact counts, selected scores not below the left-out by more than rounding, output error."""
+    shape, budget = LARGE[name]
+    call = make(data(kind, *shape, dtype), [SINK, LOCAL, best(budget)], scaling=0.1)
+    out, counts = kernel(call)
+    _, mask = reference(call)
+    assert torch.equal(counts.long(), mask.sum(-1))
+    again, _ = kernel(call)
+    assert torch.equal(out, again)
+    if kind == "small integers":  # no score is rounded, the selections are equal
+        check_output(call, out, mask)
+    else:
+        truth, eager = exact(call, mask)
+        rows = ((out.double() - truth).abs().amax(-1) > 2 * (eager.double() - truth).abs().amax() + 1e-2).sum()
+        assert rows <= 2 + counts.numel() // 1000  # rows whose cut is a near-tie
