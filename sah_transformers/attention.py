@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sah_transformers.kernels.decode import HAS_TRITON
+from sah_transformers.kernels.dispatch import fast_attention
 from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry
@@ -36,6 +38,7 @@ class Call:
         previous: mask ``[B, H, Q, K]`` that the stack starts from, or None.
         min_keys: rows that see fewer keys are dense.
         dropout: share of the normalised weights to drop.
+        kernel: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
 
     queries: torch.Tensor
@@ -49,6 +52,7 @@ class Call:
     previous: torch.Tensor | None = None
     min_keys: int = 0
     dropout: float = 0.0
+    kernel: str = "auto"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -101,6 +105,15 @@ class Call:
             mask = mask.merge_mask(Mask.from_dense_unchecked(everything.expand(rows.shape)))
         return mask
 
+    @torch.no_grad()
+    def masks(self) -> list[Mask]:
+        """The mask of each block of ``blocks()``, without the attention."""
+        found = []
+        for start, stop in self.blocks():
+            rows = self.rows(start, stop, self.queries[:, :, start:stop], self.keys, self.values)
+            found.append(self.select(rows, start, stop))
+        return found
+
     def block_sinks(self, start: int, stop: int) -> torch.Tensor | None:
         """The sink logits of rows ``start:stop``, broadcastable to ``[B, H, q, 1]``."""
         if self.sinks is None:
@@ -144,6 +157,7 @@ def make_call(
     head_offset: int = 0,
     min_keys: int = 0,
     layer_state: LayerState | None = None,
+    kernel: str = "auto",
 ) -> Call:
     """Check the arguments of ``sparse_attention`` and bring the side data up to date.
 
@@ -187,7 +201,7 @@ def make_call(
     else:
         positions = None
     context = replace(context, positions=positions)
-    return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout)
+    return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout, kernel)
 
 
 def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -280,6 +294,7 @@ def sparse_attention(
         layer_idx=layer_idx,
         head_offset=head_offset,
         layer_state=None if state is None else state.layer(layer_idx),
+        kernel=kernel,
     )
     if not return_mask:
         return run(call)[0]
@@ -289,15 +304,15 @@ def sparse_attention(
 
 
 def check_kernel(kernel: str) -> None:
-    """Raise ``ValueError`` when ``kernel="triton"`` is asked for where it cannot run."""
-    if kernel == "triton":
-        raise ValueError("kernel 'triton' is not available in this version; use 'auto' or 'reference'")
+    """Raise ``ValueError`` when ``kernel="triton"`` is asked for and Triton is not installed."""
+    if kernel == "triton" and not HAS_TRITON:
+        raise ValueError("kernel 'triton' needs Triton: pip install 'sah-transformers[triton]'")
 
 
 def run(
     call: Call, return_weights: bool = False, masks: list[Mask] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of all rows, block by block.
+    """Attention of all rows, by a Triton kernel or block by block.
 
     Args:
         call: the checked call.
@@ -306,7 +321,18 @@ def run(
 
     Returns:
         (out ``[B, Q, H, Dv]``, weights or None).
+
+    Raises:
+        ValueError: for ``kernel="triton"`` where no kernel takes the call.
     """
+    if return_weights and call.kernel == "triton":
+        raise ValueError("kernel 'triton' gives no attention weights; use 'auto' or 'reference'")
+    if not return_weights and (masks is None or call.kernel == "triton"):
+        fast = fast_attention(call)
+        if fast is not None:
+            if masks is not None:
+                masks.extend(call.masks())
+            return fast, None
     batch, heads, rows, _ = call.shape
     inputs = (
         call.queries,
@@ -324,7 +350,7 @@ def run(
         weights = torch.zeros(call.shape, dtype=call.queries.dtype, device=call.queries.device)
     for start, stop in call.blocks():
         tensors = (call.queries[:, :, start:stop], call.keys, call.values)
-        if recompute and not return_weights and masks is None:
+        if recompute and not return_weights:
             part = checkpoint(lambda *t, b=(start, stop): call.attend(*b, *t)[0], *tensors, use_reentrant=False)
             parts.append(part)  # type: ignore[arg-type]
             continue
@@ -337,6 +363,8 @@ def run(
             parts.append(part)
         else:
             out[:, start:stop] = part
+    if recompute and masks is not None and not masks:
+        masks.extend(call.masks())
     if out is None:
         out = torch.cat(parts, dim=1) if parts else call.queries.new_empty(batch, 0, heads, call.values.shape[-1])
     return out, weights
@@ -391,8 +419,4 @@ def selection(
         head_offset=head_offset,
         layer_state=layer_state,
     )
-    masks = []
-    for start, stop in call.blocks():
-        rows = call.rows(start, stop, call.queries[:, :, start:stop], call.keys, call.values)
-        masks.append(call.select(rows, start, stop))
-    return _join(masks, call)
+    return _join(call.masks(), call)

@@ -30,6 +30,11 @@ REPEATING = torch.cat([prompt(6), prompt(6), prompt(3)], dim=1)  # something to 
 # (model, configuration, stack of each call for the loops)
 MODELS = {
     "llama": ("LlamaForCausalLM", {"maskers": STACK}, lambda *_: STACK),
+    "half dense": (
+        "LlamaForCausalLM",
+        {"maskers": STACK, "dense_layers": [0]},
+        lambda layer, *_: STACK if layer == 1 else [],
+    ),
     "qwen3 top-p": ("Qwen3ForCausalLM", {"maskers": OTHER_STACK}, lambda *_: OTHER_STACK),
     "gemma3": ("Gemma3ForCausalLM", {"maskers": STACK}, lambda layer, *_: STACK if layer == 1 else []),
     "mistral": ("MistralForCausalLM", {"maskers": SMALL_STACK, "sliding_layers": "sparse"}, lambda *_: SMALL_STACK),

@@ -39,6 +39,7 @@ class Launch:
     args: tuple
     constants: dict
     warps: int
+    options: dict
 
 
 def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
@@ -49,12 +50,9 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
 
     recorded = []
 
-    class Recorder:
-        def __init__(self, plan):
-            pass
-
-        def __call__(self, kernel, grid, *args, warps=4, **constants):
-            recorded.append(Launch(kernel, args, constants, warps))
+    class Recorder(kernel.Launcher):
+        def __call__(self, kernel, grid, *args, warps=4, cap=None, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {} if cap is None else {"maxnreg": cap}))
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -107,7 +105,7 @@ def compiled(launch, architecture):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": launch.warps})
+    return triton.compile(source, target=target, options={"num_warps": launch.warps, **launch.options})
 
 
 def main(architectures):

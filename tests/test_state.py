@@ -20,7 +20,7 @@ FAR = 1e-9
 
 @dataclass(frozen=True)
 class SketchConfig(TopKMaskerConfig):
-    """Ranks keys by their first `width` channels and their age."""
+    """Ranks keys by their first `width` channels and by their position modulo 3."""
 
     type: ClassVar[str] = "sketch"
     width: int = 5
@@ -50,7 +50,7 @@ class Sketch(TopKMasker):
             raise RuntimeError("no luck")
         folded = by_group(queries[..., : self.config.width], keys.shape[1])
         scores = torch.einsum("bghqd,bgkd->bghqk", folded.to(kept.dtype), kept).flatten(1, 2)
-        return scores.float() - 0.01 * positions[:, :1, None, :, 0].float()
+        return scores.float() + positions[:, :1, None, :, 0].remainder(3).float()
 
 
 def sketch(keys, width):
@@ -98,7 +98,7 @@ def test_its_selection_is_what_it_says():
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
     for head in range(4):
         for row in range(13):
-            score = (k[0, head // 2, : row + 1, :5] * 2 @ q[0, head, row, :5]) - 0.01 * torch.arange(row + 1)
+            score = (k[0, head // 2, : row + 1, :5] * 2 @ q[0, head, row, :5]) + torch.arange(row + 1) % 3
             best = {0, *sorted(range(1, row + 1), key=lambda j, s=score: -s[j].item())[:4]}
             assert set(log[0].mask[0, head, row].nonzero().flatten().tolist()) == best
 
@@ -201,6 +201,7 @@ OPERATIONS = {
     "crop everything": (lambda c: c.crop(-13), lambda ids: ids[:, :0]),
     "crop twice": (lambda c: (c.crop(-2), c.crop(-3)), lambda ids: ids[:, :-5]),
     "select": (lambda c: c.batch_select_indices(torch.tensor([2, 0])), lambda ids: ids[[2, 0]]),
+    "select as many": (lambda c: c.batch_select_indices(torch.tensor([2, 0, 0])), lambda ids: ids[[2, 0, 0]]),
     "select one": (lambda c: c.batch_select_indices(torch.tensor([1])), lambda ids: ids[[1]]),
     "repeat": (lambda c: c.batch_repeat_interleave(2), lambda ids: ids.repeat_interleave(2, 0)),
     "reorder": (lambda c: c.reorder_cache(torch.tensor([1, 1, 0])), lambda ids: ids[[1, 1, 0]]),

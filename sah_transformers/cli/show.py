@@ -106,7 +106,7 @@ def shrink(image: Any) -> Any:
 
 
 def draw(log: Any, layer: int, head: int, title: str, out: Path) -> None:
-    """The picture: mask on the left; density, recall and error by layer and by generated token on the right."""
+    """The picture: mask on the left; density, recall and error by layer and by decode step on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,4 +155,5 @@ def _by_step(axes: Any, log: Any, metric: str, label: str) -> None:
         if entry.phase == "decode" and entry.maskers != "dense":
             steps.setdefault(entry.keys, []).append(getattr(entry, metric))
     axes.plot(list(steps), [sum(values) / len(values) for values in steps.values()], "x-", markersize=4)
-    axes.set(xlabel="keys at the generated token (mean over layers)", ylabel=label)
+    axes.set(xlabel="keys, one step each", ylabel=label)
+    axes.set_title("mean over layers", fontsize="small")

@@ -166,6 +166,7 @@ def attend_planned(
             layer_idx=module.layer_idx,
             min_keys=plan.min_keys,
             layer_state=state,
+            kernel=plan.kernel,
             **arguments,
         )
 

@@ -13,6 +13,7 @@ from sah_transformers.kernels.decode.values import order_of, wanted_mass
 
 NOTHING = tl.constexpr(-3.0e38)  # offset of a line that maps every value below the bracket
 SIGMAS = tl.constexpr(4.5)
+ROUNDS = tl.constexpr(4)
 
 
 @triton.jit
@@ -34,18 +35,18 @@ def count_bracket(b_x, m_x, share):
     few, many = expected - spread - 1, expected + spread + 2
     smallest = tl.min(tl.where(m_x, b_x, float("inf")))
     largest = tl.max(tl.where(m_x, b_x, float("-inf")))
-    o = tl.arange(0, 32)
-    upper = o < 16
+    o = tl.arange(0, 16)
+    upper = o < 8
     wanted = tl.where(upper, few + 1, many)
     low, high = smallest, smallest
     width = largest - smallest
-    for _ in tl.static_range(3):  # both ends at once, to 1/4096 of the sample's range
-        width = width / 16
-        b_pivot = tl.where(upper, high, low) + width * (o % 16 + 1).to(tl.float32)
+    for _ in tl.range(0, ROUNDS, loop_unroll_factor=1):  # both ends at once, to 1/4096 of the sample's range
+        width = width / 8
+        b_pivot = tl.where(upper, high, low) + width * (o % 8 + 1).to(tl.float32)
         count = tl.sum((m_x[:, None] & (b_x[:, None] >= b_pivot[None, :])).to(tl.int32), 0).to(tl.float32)
         reached = count >= wanted
         high += width * tl.sum((reached & upper).to(tl.int32)).to(tl.float32)
-        low += width * tl.sum((reached & (o >= 16)).to(tl.int32)).to(tl.float32)
+        low += width * tl.sum((reached & (o >= 8)).to(tl.int32)).to(tl.float32)
     low = tl.where(many > n, smallest - 0.5 * (largest - smallest), low)
     high = tl.where(few < 0, largest + 2 * (largest - low), high + width)
     return low, high
@@ -105,20 +106,20 @@ def mass_bracket(b_x, b_e, m_x, factor, left, peak):
     """
     smallest = tl.min(tl.where(m_x, b_x, float("inf")))
     largest = tl.max(tl.where(m_x, b_x, float("-inf")))
-    o = tl.arange(0, 32)
-    upper = o < 16
+    o = tl.arange(0, 16)
+    upper = o < 8
     low, high = smallest, smallest
     width = largest - smallest
-    for _ in tl.static_range(3):
-        width = width / 16
-        b_pivot = tl.where(upper, high, low) + width * (o % 16 + 1).to(tl.float32)
+    for _ in tl.range(0, ROUNDS, loop_unroll_factor=1):
+        width = width / 8
+        b_pivot = tl.where(upper, high, low) + width * (o % 8 + 1).to(tl.float32)
         b_below = tl.where(m_x[:, None] & (b_x[:, None] < b_pivot[None, :]), b_e[:, None], 0.0)
         below = tl.sum(b_below, 0)
         one = tl.exp(b_pivot - peak)
         spread = SIGMAS * tl.sqrt((tl.sum(b_below * b_below, 0) + one * one) * tl.maximum(1 - 1 / factor, 0.0))
         reached = tl.where(upper, (below - spread) * factor < left, (below + spread) * factor <= left)
         high += width * tl.sum((reached & upper).to(tl.int32)).to(tl.float32)
-        low += width * tl.sum((reached & (o >= 16)).to(tl.int32)).to(tl.float32)
+        low += width * tl.sum((reached & (o >= 8)).to(tl.int32)).to(tl.float32)
     high += width
     low = tl.where(low <= smallest, smallest - 0.1 * (largest - smallest), low)
     high = tl.where(high >= largest, peak + 0.01 * (peak - low), high)

@@ -11,7 +11,7 @@ def combine_kernel(
     values, scores, lines, bounds, needs, stats, list_pos, list_val, list_count, chosen, sums, totals, sinks, out,
     K, B, stride, splits, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    KIND: tl.constexpr, SINKS: tl.constexpr, UNIT: tl.constexpr, FIXED: tl.constexpr, LIST: tl.constexpr,
+    UNIT: tl.constexpr, LIST: tl.constexpr, KIND: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks its listed keys (ties: lower position first), takes those it needs, in order of rank."""

@@ -40,13 +40,22 @@ def streams(bounds, limits_n, E, i_bg, ROWS: tl.constexpr, BM: tl.constexpr):
     return tl.sum(kept.to(tl.int64)) * 3 > limits_n.to(tl.int64) * ROWS
 
 
+@triton.jit
+def keep_listed(b_v, o_k, m_listed, i_e, list_pos, list_val, list_count, LIST: tl.constexpr):
+    """Append the keys at the boundary to the selection row's list; their order there does not matter."""
+    o_slot = tl.atomic_add(list_count + i_e + o_k * 0, 1, mask=m_listed, sem="relaxed")
+    m_listed = m_listed & (o_slot < LIST)
+    tl.store(list_pos + i_e * LIST + o_slot, o_k, mask=m_listed)
+    tl.store(list_val + i_e * LIST + o_slot, b_v, mask=m_listed)
+
+
 @triton.jit(do_not_specialize=["K", "B", "stride", "per_split", "sv_b", "sv_g"])
 def gather_kernel(
-    values, scores, cuts, bounds, stats, packed, weights, list_pos, list_val, list_count, sums, totals,
+    values, scores, cuts, bounds, stats, packed, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    EITHER: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    LIST: tl.constexpr,
+    UNIT: tl.constexpr, LIST: tl.constexpr, EITHER: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """One row, ``per_split`` chunks of keys: compact what is taken, gather its values, add."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
@@ -60,29 +69,29 @@ def gather_kernel(
         peak = tl.load(stats + i_r)
         cut = cut_of(i_r, R, cuts, bounds)
         p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
-        p_mine = (i_r.to(tl.int64) * splits + i_s) * CHUNK
+        p_s = scores + i_r.to(tl.int64) * (stride * 16)
+        p_mine = packed + (i_r.to(tl.int64) * splits + i_s) * CHUNK
         o_d = tl.arange(0, BDV)
         b_acc = tl.zeros([BDV], tl.float32)
         b_total = tl.zeros([BT], tl.float32)
         for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
             o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
+            b_s = tl.load(p_s + o_k, mask=o_k < stride * 16, other=float("-inf"))
             m_taken, m_listed = taken_of(b_s, o_k, cut, False)
-            o_slot = tl.atomic_add(list_count + i_r + o_k * 0, 1, mask=m_listed, sem="relaxed")
-            m_listed = m_listed & (o_slot < LIST)
-            tl.store(list_pos + i_r * LIST + o_slot, o_k, mask=m_listed)
-            tl.store(list_val + i_r * LIST + o_slot, b_s, mask=m_listed)
-            b_rank = tl.cumsum(m_taken.to(tl.int32), 0)
-            count = tl.sum(m_taken.to(tl.int32))
-            tl.store(packed + p_mine + b_rank - 1, o_k, mask=m_taken)
-            tl.store(weights + p_mine + b_rank - 1, tl.exp(b_s - peak), mask=m_taken)
+            b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
+            counts = tl.sum(m_taken.to(tl.int32) + (m_listed.to(tl.int32) << 16))
+            if counts >= 65536:
+                keep_listed(b_s, o_k, m_listed, i_r, list_pos, list_val, list_count, LIST)
+            count = counts & 65535
+            b_bits = tl.exp(b_s - peak).to(tl.int32, bitcast=True)  # weights are not negative
+            tl.store(p_mine + b_rank, (o_k.to(tl.int64) << 32) | b_bits.to(tl.int64), mask=m_taken)
             tl.debug_barrier()
             for i_t in range(0, count, BT):
                 o_t = i_t + tl.arange(0, BT)
                 m_t = o_t < count
-                o_v = tl.load(packed + p_mine + o_t, mask=m_t, other=0)
-                b_w = tl.load(weights + p_mine + o_t, mask=m_t, other=0.0)
-                p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
+                b_pair = tl.load(p_mine + o_t, mask=m_t, other=0)
+                b_w = (b_pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+                p_vt = p_v + (b_pair >> 32)[:, None] * (sv_k * UNIT) + o_d[None, :]
                 b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
                 b_acc += tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
                 b_total += b_w
@@ -97,7 +106,7 @@ def gather_group_kernel(
     values, scores, ranking, cuts, bounds, stats, packed, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    UNIT: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, LIST: tl.constexpr,
+    UNIT: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, ``per_split`` chunks: the group's heads share the gathered values."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
@@ -110,24 +119,24 @@ def gather_group_kernel(
     peak = tl.load(stats + o_r, mask=m_m, other=0.0)
     cut = cut_of(i_e, E, cuts, bounds)
     p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
-    p_mine = (i_e.to(tl.int64) * splits + i_s) * CHUNK
+    p_e = ranking + i_e.to(tl.int64) * (stride * 16)
+    p_mine = packed + (i_e.to(tl.int64) * splits + i_s) * CHUNK
     b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BT], tl.float32)
     for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
         o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-        b_e = tl.load(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
+        b_e = tl.load(p_e + o_k, mask=o_k < stride * 16, other=float("-inf"))
         m_taken, m_listed = taken_of(b_e, o_k, cut, True)
-        o_slot = tl.atomic_add(list_count + i_e + o_k * 0, 1, mask=m_listed, sem="relaxed")
-        m_listed = m_listed & (o_slot < LIST)
-        tl.store(list_pos + i_e * LIST + o_slot, o_k, mask=m_listed)
-        tl.store(list_val + i_e * LIST + o_slot, b_e, mask=m_listed)
-        b_rank = tl.cumsum(m_taken.to(tl.int32), 0)
-        count = tl.sum(m_taken.to(tl.int32))
-        tl.store(packed + p_mine + b_rank - 1, o_k, mask=m_taken)
+        b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
+        counts = tl.sum(m_taken.to(tl.int32) + (m_listed.to(tl.int32) << 16))
+        if counts >= 65536:
+            keep_listed(b_e, o_k, m_listed, i_e, list_pos, list_val, list_count, LIST)
+        count = counts & 65535
+        tl.store(p_mine + b_rank, o_k, mask=m_taken)
         tl.debug_barrier()
         for i_t in range(0, count, BT):
             o_t = i_t + tl.arange(0, BT)
             m_t = o_t < count
-            o_v = tl.load(packed + p_mine + o_t, mask=m_t, other=0)
+            o_v = tl.load(p_mine + o_t, mask=m_t, other=0)
             p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_v[None, :]
             b_s = tl.load(p_s, mask=m_m[:, None] & m_t[None, :], other=float("-inf"))
             b_w = tl.exp(b_s - peak[:, None])
@@ -146,8 +155,8 @@ def stream_kernel(
     values, scores, cuts, bounds, stats, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    EITHER: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, MANY: tl.constexpr,
-    LIST: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, LIST: tl.constexpr, EITHER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    MANY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of one KV head, ``per_split`` tiles of keys: read every value, weigh the taken ones."""
     i_s, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -173,10 +182,8 @@ def stream_kernel(
             p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=(o_k < K)[:, None] & (o_d < DV)[None, :], other=0.0)
             m_taken, m_listed = taken_of(b_s, o_k[None, :], cut, False)
-            o_slot = tl.atomic_add(list_count + o_e + o_k[None, :] * 0, 1, mask=m_listed, sem="relaxed")
-            m_listed = m_listed & (o_slot < LIST)
-            tl.store(list_pos + o_e * LIST + o_slot, tl.broadcast_to(o_k[None, :], [BM, BN]), mask=m_listed)
-            tl.store(list_val + o_e * LIST + o_slot, b_s, mask=m_listed)
+            o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
+            keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)
             b_w = tl.where(m_taken, tl.exp(b_s - peak[:, None]), 0.0)
             b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
             b_total += b_w

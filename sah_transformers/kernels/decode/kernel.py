@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
-from triton.runtime.interpreter import InterpretedFunction
 
 from sah_transformers.kernels.decode.bands import bands_kernel, merge_kernel
 from sah_transformers.kernels.decode.bracket import sample_keys_kernel, sample_scores_kernel
@@ -20,16 +19,22 @@ from sah_transformers.kernels.decode.stack import Stack, bits_of
 from sah_transformers.kernels.decode.threshold import threshold_kernel
 from sah_transformers.kernels.decode.tuned import Tuning, tuning_of
 
-INTERPRETED = isinstance(score_kernel, InterpretedFunction)
+POISON = os.environ.get("SAH_POISON") == "1"
+"""For tests: scratch and output are filled with NaN before use."""
 
-POISON = False
-"""Tests set it: scratch and output are filled with NaN or a large number before use."""
+MOST_SPLITS = 64  # of the bands
 
 
 @dataclass
 class Inputs:
-    """Tensors and numbers of one call: ``q [B, H, Q, D]``, ``k [B, G, K, D]``, ``v [B, G, K, Dv]``, bool ``mask
-    [B|1, Q|1, K]`` or None, ``sinks [H]`` or None."""
+    """Tensors and numbers of one call.
+
+    Attributes:
+        q, k, v: ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``, the last dimension contiguous.
+        mask: bool ``[B|1, Q|1, K]`` or None.
+        sinks: logits ``[H]`` or None.
+        least: rows that see fewer keys are dense.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -43,19 +48,29 @@ class Inputs:
     stack: Stack
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @dataclass
 class Plan:
-    """What calls of one class of shapes have in common: tile sizes, compile-time constants, compiled kernels."""
+    """What calls of one class of shapes have in common: tile sizes, compile-time constants, compiled kernels.
+
+    ``keys`` bounds K; nothing here may depend on K itself. Strides of keys and values travel in multiples of ``unit``.
+    """
 
     tuning: Tuning
-    shape: dict[str, Any]
-    dims: dict[str, int]
-    sight: dict[str, Any]
-    unit: int  # strides of keys and values are passed in multiples of this
+    keys: int
+    unit: int
     bm: int
-    keys: int  # upper bound of K
+    shape: dict[str, int]
+    dims: dict[str, int]
+    wide: dict[str, int]
+    sight: dict[str, bool]
     digits: dict[str, int]
-    compiled: list[Any] = field(default_factory=list)
+    streams: bool
+    compiled: list[tuple] = field(default_factory=list)
 
     def steps(self, tensor: torch.Tensor) -> tuple[int, int, int]:
         """The strides of keys or values over batch, head and position, in units."""
@@ -63,222 +78,253 @@ class Plan:
         return b // self.unit, g // self.unit, k // self.unit
 
 
-class Launcher:
-    """Launches kernels; from the second call of a plan on without Triton's own look-up, which costs more."""
-
-    def __init__(self, plan: Plan):
-        self.plan, self.step = plan, 0
-        self.ready = bool(plan.compiled) and not INTERPRETED
-
-    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-        grid = (*grid, 1, 1)[:3]
-        if self.ready:
-            self.plan.compiled[self.step][grid](*args, *constants.values())
-            self.step += 1
-            return
-        compiled = kernel[grid](*args, **constants, num_warps=warps)
-        self.plan.compiled.append(compiled)
-
-
 PLANS: dict[tuple, Plan] = {}
-
-
-def power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def plan_of(x: Inputs) -> Plan:
     """The plan of this class of shapes, made on its first call."""
-    q, k, v, mask, stack = x.q, x.k, x.v, x.mask, x.stack
-    batch, heads, rows, dim = q.shape
-    groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    bound = max(256, power_of_2(keys))
-    strides = (*k.stride(), *v.stride())
-    aligned = all(s % 8 == 0 for s in (*strides[:3], *strides[4:7])) and dim % 8 == 0 and value_dim % 8 == 0
+    q, k, v, stack = x.q, x.k, x.v, x.stack
+    qs, ks, vs = q.stride(), k.stride(), v.stride()
+    bound = max(256, power_of_2(k.shape[2]))
+    unit = 8 if not any(s % 8 for s in (*ks[:3], *vs[:3], q.shape[3], v.shape[3])) else 1
     key = (
-        stack, q.device.index, q.dtype, batch, heads, groups, rows, dim, value_dim, bound, x.causal, x.softcap is None,
-        aligned, q.stride(), strides[2], strides[6], max(strides) < 2**31, tuple(t.data_ptr() % 16 for t in (q, k, v)),
-        None if mask is None else (mask.stride()[2], mask.data_ptr() % 16),
+        stack, q.dtype, q.device.index, q.shape, k.shape[1], v.shape[3], bound, unit, qs, ks[2], vs[2],
+        max(ks[0], vs[0]) < 2**31, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, x.causal,
+        x.softcap is None, None if x.mask is None else (x.mask.stride(), x.mask.data_ptr() % 16),
         None if x.sinks is None else (x.sinks.dtype, x.sinks.data_ptr() % 16),
     )  # fmt: skip
     plan = PLANS.get(key)
     if plan is None:
-        digits = (bound - 1).bit_length()
-        dims = {"D": dim, "BD": max(16, power_of_2(dim))}
-        in_group = heads // groups * rows
-        plan = Plan(
-            tuning=tuning_of(stack.kind, q.element_size(), max(16, power_of_2(max(dim, value_dim))), bound),
-            shape={"H": heads, "G": groups, "Q": rows},
-            dims=dims,
-            sight={"CAUSAL": x.causal, "MASKED": mask is not None},
-            unit=8 if aligned else 1,
-            bm=min(64, max(16, power_of_2(in_group))),
-            keys=bound,
-            digits={"FIXED": min(24, 61 - 2 * digits), "COUNT_BITS": digits + 1},
-        )
-        PLANS[key] = plan
+        plan = PLANS[key] = _make_plan(x, bound, unit)
     return plan
 
 
-def empty(device: torch.device, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    tensor = torch.empty(size, dtype=dtype, device=device)
-    return tensor.fill_(float("nan") if dtype.is_floating_point else 2**30) if POISON else tensor
+def _make_plan(x: Inputs, bound: int, unit: int) -> Plan:
+    _, heads, rows, dim = x.q.shape
+    groups, value_dim = x.k.shape[1], x.v.shape[3]
+    digits = (bound - 1).bit_length()
+    padded = max(16, power_of_2(dim))
+    padded_value = max(16, power_of_2(value_dim))
+    share = min(1.0, 2 * x.stack.size[0] / bound + x.stack.size[1])
+    return Plan(
+        tuning=tuning_of(x.stack.kind, x.q.element_size(), max(padded, padded_value), bound),
+        keys=bound,
+        unit=unit,
+        bm=min(64, max(16, power_of_2(heads // groups * rows))),
+        shape={"H": heads, "G": groups, "Q": rows},
+        dims={"D": dim, "BD": padded},
+        wide={"DV": value_dim, "BDV": padded_value},
+        sight={"CAUSAL": x.causal, "MASKED": x.mask is not None},
+        digits={"FIXED": min(24, 61 - 2 * digits), "COUNT_BITS": digits + 1},
+        streams=x.stack.kind == "best" and 3 * share > 1,
+    )
 
 
-def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> None:
-    """Two launches: parts of the bands, and their sum."""
-    q, k, v, t = x.q, x.k, x.v, plan.tuning
-    batch, heads, rows, _ = q.shape
-    groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    mask, limits, look = sight_of(x, launch)
-    most = min(keys, sum(max(n, int(keys * share)) for n, share in (x.stack.first, x.stack.last)))
-    most = min(keys, most + rows)
-    tiles = -(-heads // groups * rows // plan.bm)
-    splits = max(1, min(64, -(-most // t.band_tile), t.band_programs // max(1, batch * groups * tiles)))
-    sums = empty(q.device, batch * heads * rows, splits, value_dim)
-    peaks, totals = (empty(q.device, batch * heads * rows, splits) for _ in range(2))
-    bdv = max(16, power_of_2(value_dim))
-    launch(
-        bands_kernel, (splits, batch * groups, tiles),
-        q, k, v, mask, limits, sums, peaks, totals,
-        keys, batch, *q.stride()[:3], *plan.steps(k), *plan.steps(v), *look,
-        x.scaling, x.softcap or 1.0, *budgets(x.stack),
-        **plan.shape, **plan.dims, DV=value_dim, BDV=bdv, **plan.sight, SOFTCAP=x.softcap is not None,
-        UNIT=plan.unit, BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
-    )  # fmt: skip
-    launch(
-        merge_kernel, (batch * heads * rows,), sums, peaks, totals, q if x.sinks is None else x.sinks, out, splits,
-        H=heads, Q=rows, DV=value_dim, BDV=bdv, SINKS=x.sinks is not None, BS=power_of_2(splits),
-    )  # fmt: skip
+class Scratch:
+    """Arrays of one call in one allocation; addresses once kernels are compiled, tensors for the first call."""
+
+    def __init__(self, device: torch.device, as_tensors: bool, sizes: dict[str, tuple[int, torch.dtype]]):
+        self.offsets, total = {}, 0
+        for name, (size, dtype) in sizes.items():
+            self.offsets[name] = total
+            total += -(-size * dtype.itemsize // 256) * 256
+        self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
+        if POISON:
+            self.buffer.fill_(255)
+        self.sizes, self.as_tensors, self.base = sizes, as_tensors, self.buffer.data_ptr()
+
+    def __getitem__(self, name: str) -> Any:
+        offset = self.offsets[name]
+        if not self.as_tensors:
+            return self.base + offset
+        size, dtype = self.sizes[name]
+        return self.buffer[offset : offset + size * dtype.itemsize].view(dtype)
+
+
+class Launcher:
+    """Launches kernels; from the second call of a plan on without Triton's look-up, which costs more than the rest."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self.plan, self.step = plan, 0
+        self.ready = bool(plan.compiled)
+        if self.ready:
+            self.stream = torch._C._cuda_getCurrentRawStream(device.index)
+
+    def address(self, tensor: torch.Tensor) -> Any:
+        """What stands for a tensor in a launch."""
+        return tensor.data_ptr() if self.ready else tensor
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, int, int], *args: Any, warps: int = 4, cap: int | None = None, **constants: Any
+    ) -> None:
+        if self.ready:
+            run, function, metadata, values = self.plan.compiled[self.step]
+            self.step += 1
+            run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
+            return
+        limits = {} if cap is None else {"maxnreg": cap}
+        compiled = kernel[grid](*args, **constants, num_warps=warps, **limits)
+        if hasattr(compiled, "packed_metadata"):  # not under the interpreter
+            entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
+            self.plan.compiled.append(entry)
 
 
 def budgets(stack: Stack) -> tuple[int, int, int, int]:
     return stack.first[0], bits_of(stack.first[1]), stack.last[0], bits_of(stack.last[1])
 
 
-def sight_of(x: Inputs, launch: Launcher) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int]]:
-    """(mask, limits, the mask's strides); without a mask the first two stand in for pointers that are never read."""
+def see(x: Inputs, plan: Plan, launch: Launcher, limits: Any) -> tuple[Any, tuple[int, int, int]]:
+    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer."""
     if x.mask is None:
-        return x.q, x.q, (0, 0, 0)
+        return launch.address(x.q), (0, 0, 0)
     batch, rows, keys = x.q.shape[0], x.q.shape[2], x.k.shape[2]
-    limits = empty(x.q.device, 5, batch * rows, dtype=torch.int32)
     strides = x.mask.stride()
     look = (0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2])
+    mask = launch.address(x.mask)
     launch(
-        bounds_kernel, (batch * rows,), x.mask, limits, keys, batch, *look, *budgets(x.stack), x.least,
-        Q=rows, CAUSAL=x.causal, BLOCK=min(8192, max(256, power_of_2(keys))), warps=8,
+        bounds_kernel, (batch * rows, 1, 1), mask, limits, keys, batch, *look, *budgets(x.stack), x.least,
+        Q=rows, CAUSAL=x.causal, BLOCK=min(8192, plan.keys), warps=8,
     )  # fmt: skip
-    return x.mask, limits, look
+    return mask, look
+
+
+def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> None:
+    """Two launches: parts of the bands, and their sum."""
+    t = plan.tuning
+    batch, heads, rows, _ = x.q.shape
+    groups, keys, value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+    most = min(keys, sum(max(n, int(keys * share)) for n, share in (x.stack.first, x.stack.last)) + rows)
+    tiles = -(-heads // groups * rows // plan.bm)
+    splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), t.band_programs // max(1, batch * groups * tiles)))
+    parts = batch * heads * rows * splits
+    scratch = Scratch(
+        x.q.device, not launch.ready,
+        {
+            "limits": (5 * batch * rows, torch.int32), "sums": (parts * value_dim, torch.float32),
+            "peaks": (parts, torch.float32), "totals": (parts, torch.float32),
+        },
+    )  # fmt: skip
+    mask, look = see(x, plan, launch, scratch["limits"])
+    launch(
+        bands_kernel, (splits, batch * groups, tiles),
+        launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, scratch["limits"],
+        scratch["sums"], scratch["peaks"], scratch["totals"],
+        keys, batch, *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look,
+        x.scaling, x.softcap or 1.0, *budgets(x.stack),
+        **plan.shape, **plan.dims, **plan.wide, **plan.sight, SOFTCAP=x.softcap is not None, UNIT=plan.unit,
+        BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
+    )  # fmt: skip
+    launch(
+        merge_kernel, (batch * heads * rows, 1, 1), scratch["sums"], scratch["peaks"], scratch["totals"],
+        launch.address(x.q if x.sinks is None else x.sinks), launch.address(out), splits,
+        H=heads, Q=rows, **plan.wide, SINKS=x.sinks is not None, BS=MOST_SPLITS,
+    )  # fmt: skip
 
 
 def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> None:
     """Bands and one selection by score: bracket, scores, histogram, cut, values, sum."""
-    q, k, v, t, stack = x.q, x.k, x.v, plan.tuning, x.stack
-    batch, heads, rows, _ = q.shape
-    groups, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    kind, mass = stack.kind, stack.kind == "mass"
+    t, stack, kind = plan.tuning, x.stack, x.stack.kind
+    mass, after = kind == "mass", kind != "best"
+    batch, heads, rows, _ = x.q.shape
+    groups, keys, value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+    in_group = heads // groups * rows
     all_rows = batch * heads * rows
     selections = batch * groups * rows if kind == "group" else all_rows
     span = t.tile * t.tiles
     chunks = -(-keys // span)
     stride = chunks * span
-    device = q.device
-    mask, limits, look = sight_of(x, launch)
-    lines = empty(device, 3, selections)
-    histogram = empty(device, selections, t.bins, dtype=torch.int64 if mass else torch.int32)
-    scores = empty(device, all_rows, stride)
-    peaks = empty(device, all_rows, chunks)
-    stats = empty(device, 3, all_rows)
-    cap = {"SOFTCAP": x.softcap is not None, "UNIT": plan.unit}
+    looks = -(-stride // t.histogram_chunk)
+    pieces = -(-keys // t.chunk)
+    per_split = -(-pieces // max(1, min(pieces, t.gather_programs // selections)))
+    splits = -(-pieces // per_split)
+    packs = selections * splits * t.chunk
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    scratch = Scratch(
+        x.q.device, not launch.ready,
+        {
+            "limits": (5 * batch * rows, i32), "lines": (3 * selections, f32),
+            "histogram": (selections * t.bins, i64 if mass else i32), "scores": (all_rows * stride, f32),
+            "peaks": (all_rows * chunks, f32), "stats": (3 * all_rows, f32),
+            "aboves": (selections * looks if after else all_rows * chunks, i32),
+            "masses": (2 * all_rows * chunks if after else 1, f32), "over": (selections * looks if after else 1, f32),
+            "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
+            "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
+            "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
+            "chosen": (all_rows * t.listed, i32), "packed": (packs, i64 if kind != "group" else i32),
+            "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
+        },
+    )  # fmt: skip
+    s = {name: scratch[name] for name in scratch.sizes}
+    q, k, v = launch.address(x.q), launch.address(x.k), launch.address(x.v)
+    mask, look = see(x, plan, launch, s["limits"])
     bands, size = budgets(stack), (stack.size[0], bits_of(stack.size[1]))
-    keyed = (*q.stride()[:3], *plan.steps(k), *look, x.scaling, x.softcap or 1.0, *bands)
-    if kind == "best":
-        aboves, masses = empty(device, all_rows, chunks, dtype=torch.int32), peaks
+    keyed = (*x.q.stride()[:3], *plan.steps(x.k), *look, x.scaling, x.softcap or 1.0, *bands)
+    scored = {**plan.shape, **plan.dims, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit}
+    rowed = {**plan.shape, **plan.sight}
+    if not after:
         launch(
-            sample_keys_kernel, (all_rows,), q, k, mask, limits, lines, histogram, keys, batch, *keyed, *size,
-            **plan.shape, **plan.dims, **plan.sight, **cap,
-            SAMPLES=t.samples, SLICE=min(64, plan.dims["BD"]), BINS=t.bins, warps=t.sample_warps,
+            sample_keys_kernel, (all_rows, 1, 1), q, k, mask, s["limits"], s["lines"], s["histogram"],
+            keys, batch, *keyed, *size, **scored,
+            SAMPLES=t.samples, SLICE=min(t.slice, plan.dims["BD"]), BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
-    else:
-        aboves, masses = peaks, empty(device, 2, all_rows, chunks)
     launch(
-        score_kernel, (chunks, batch * groups, -(-(heads // groups * rows) // plan.bm)),
-        q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses, keys, batch, stride // 16, chunks, *keyed,
-        **plan.shape, **plan.dims, **plan.sight, **cap,
-        MASSES=kind != "best", BINS=t.bins, BM=plan.bm, BN=t.tile, TILES=t.tiles, STAGES=t.score_stages,
-        warps=t.score_warps,
+        score_kernel, (chunks, batch * groups, -(-in_group // plan.bm)),
+        q, k, mask, s["limits"], s["lines"], s["scores"], s["histogram"], s["peaks"], s["aboves"], s["masses"],
+        keys, batch, stride // 16, chunks, *keyed, **scored,
+        MASSES=after, BINS=t.bins, BM=plan.bm, BN=t.tile, TILES=t.tiles, STAGES=t.score_stages, warps=t.score_warps,
     )  # fmt: skip
-    ranking, most_chunks = scores, power_of_2(-(-plan.keys // span))
-    if kind != "best":
+    ranking, most_chunks = s["scores"], power_of_2(-(-plan.keys // span))
+    if after:
         launch(
-            sample_scores_kernel, (selections,), scores, limits, lines, histogram, peaks, masses, stats,
-            keys, batch, stride // 16, chunks, stack.top_p, *bands, *size,
-            **plan.shape, **plan.sight, MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks, SAMPLES=t.samples,
-            BINS=t.bins, warps=t.sample_warps,
+            sample_scores_kernel, (selections, 1, 1),
+            s["scores"], s["limits"], s["lines"], s["histogram"], s["peaks"], s["masses"], s["stats"],
+            keys, batch, stride // 16, chunks, stack.top_p, *bands, *size, **rowed,
+            MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks, SAMPLES=t.samples, BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
-        chunks = -(-stride // t.histogram_chunk)
-        most_chunks = power_of_2(-(-power_of_2(stride) // t.histogram_chunk))
-        aboves = empty(device, selections, chunks, dtype=torch.int32)
-        masses = empty(device, selections, chunks)
-        ranking = scores if mass else empty(device, selections, stride)
+        chunks, most_chunks = looks, power_of_2(-(-(plan.keys + span) // t.histogram_chunk))
+        ranking = s["scores"] if mass else s["ranking"]
         launch(
-            histogram_kernel, (chunks, selections), scores, ranking, limits, lines, histogram, stats, aboves, masses,
-            keys, batch, stride // 16, chunks, *bands,
-            **plan.shape, **plan.sight, MASS=mass, BINS=t.bins, **plan.digits, CHUNK=t.histogram_chunk,
+            histogram_kernel, (chunks, selections, 1),
+            s["scores"], ranking, s["limits"], s["lines"], s["histogram"], s["stats"], s["aboves"], s["over"],
+            keys, batch, stride // 16, chunks, *bands, **rowed,
+            MASS=mass, BINS=t.bins, **plan.digits, CHUNK=t.histogram_chunk, warps=t.histogram_warps,
         )  # fmt: skip
-    cuts, bounds = empty(device, 4, selections), empty(device, 4, selections, dtype=torch.int32)
-    needs, count = (empty(device, selections, dtype=kind) for kind in (torch.int64, torch.int32))
     launch(
-        threshold_kernel, (selections,),
-        ranking, limits, lines, histogram, peaks, aboves, masses, stats, cuts, bounds, needs, count,
-        keys, batch, stride // 16, chunks, stack.top_p, *bands, *size,
-        **plan.shape, **plan.sight, KIND=kind, TOTAL=stack.total, BINS=t.bins, **plan.digits, CHUNKS=most_chunks,
-        LIST=t.listed, BLOCK=1024, warps=t.threshold_warps,
+        threshold_kernel, (selections, 1, 1),
+        ranking, s["limits"], s["lines"], s["histogram"], s["peaks"], s["aboves"], s["over"], s["stats"], s["cuts"],
+        s["bounds"], s["needs"], s["count"], keys, batch, stride // 16, chunks, stack.top_p, *bands, *size, **rowed,
+        KIND=kind, TOTAL=stack.total, BINS=t.bins, **plan.digits, CHUNKS=most_chunks, LIST=t.listed, BLOCK=1024,
+        warps=t.threshold_warps,
     )  # fmt: skip
-    listed = empty(device, selections, t.listed, dtype=torch.int32), empty(device, selections, t.listed)
-    share = min(1.0, stack.size[0] / keys + stack.size[1])
-    stream = mass or (kind == "best" and share * 3 > 1)
-    gather = mass or not stream
-    most = -(-keys // t.chunk)
-    splits = max(1, min(most, t.gather_programs // selections))
-    per_split = -(-most // splits)
-    splits = -(-most // per_split)
-    sums, totals = empty(device, all_rows, splits, value_dim), empty(device, all_rows, splits)
-    valued = (keys, batch, stride // 16)
-    value_strides = plan.steps(v)
-    wide = {"DV": value_dim, "BDV": max(16, power_of_2(value_dim))}
-    packed = empty(device, selections, splits, t.chunk, dtype=torch.int32)
-    many = max(16, power_of_2(heads // groups * rows))
+    cut = (s["cuts"], s["bounds"], s["stats"])
+    listed = (s["list_pos"], s["list_val"], s["count"])
+    parts = (s["sums"], s["totals"])
+    sized, steps = (keys, batch, stride // 16), plan.steps(x.v)
+    valued = {**plan.shape, **plan.wide, "UNIT": plan.unit, "LIST": t.listed}
+    many = max(16, power_of_2(in_group))
     if kind == "group":
         launch(
-            gather_group_kernel, (splits, selections),
-            v, scores, ranking, cuts, bounds, stats, packed, *listed, count, sums, totals,
-            *valued, per_split, *value_strides,
-            **plan.shape, **wide, UNIT=plan.unit, CHUNK=t.chunk, BT=t.group_rows,
-            BM=max(16, power_of_2(heads // groups)), LIST=t.listed, warps=t.gather_warps,
+            gather_group_kernel, (splits, selections, 1), v, s["scores"], ranking, *cut, s["packed"], *listed, *parts,
+            *sized, per_split, *steps, **valued,
+            CHUNK=t.chunk, BT=t.rows, BM=max(16, power_of_2(heads // groups)), warps=t.gather_warps,
         )  # fmt: skip
-    elif gather:
+    if mass or (kind == "best" and not plan.streams):
         launch(
-            gather_kernel, (splits, all_rows),
-            v, scores, cuts, bounds, stats, packed, empty(device, selections, splits, t.chunk), *listed, count,
-            sums, totals, *valued, per_split, *value_strides,
-            **plan.shape, **wide, EITHER=stream, UNIT=plan.unit, CHUNK=t.chunk, BT=t.rows, BM=many,
-            LIST=t.listed, warps=t.gather_warps,
+            gather_kernel, (splits, all_rows, 1), v, s["scores"], *cut, s["packed"], *listed, *parts,
+            *sized, per_split, *steps, **valued,
+            EITHER=mass, CHUNK=t.chunk, BT=t.rows, BM=many, warps=t.gather_warps, cap=t.gather_registers,
         )  # fmt: skip
-    if stream:
+    if mass or plan.streams:
         launch(
-            stream_kernel, (splits, batch * groups, -(-many // plan.bm)),
-            v, scores, cuts, bounds, stats, *listed, count, sums, totals,
-            *valued, per_split * (t.chunk // t.stream_tile), *value_strides,
-            **plan.shape, **wide, EITHER=gather, UNIT=plan.unit, BN=t.stream_tile, BM=plan.bm, MANY=many,
-            LIST=t.listed, STAGES=t.stream_stages, warps=t.stream_warps,
+            stream_kernel, (splits, batch * groups, -(-many // plan.bm)), v, s["scores"], *cut, *listed, *parts,
+            *sized, per_split * (t.chunk // t.stream_tile), *steps, **valued,
+            EITHER=mass, BN=t.stream_tile, BM=plan.bm, MANY=many, STAGES=t.stream_stages, warps=t.stream_warps,
         )  # fmt: skip
     launch(
-        combine_kernel, (all_rows,),
-        v, scores, lines, bounds, needs, stats, *listed, count, empty(device, all_rows, t.listed, dtype=torch.int32),
-        sums, totals, q if x.sinks is None else x.sinks, out, *valued, splits, *value_strides,
-        **plan.shape, **wide, KIND=kind, SINKS=x.sinks is not None, UNIT=plan.unit, FIXED=plan.digits["FIXED"],
-        LIST=t.listed, BT=16, BS=16, warps=t.combine_warps,
+        combine_kernel, (all_rows, 1, 1), v, s["scores"], s["lines"], s["bounds"], s["needs"], s["stats"], *listed,
+        s["chosen"], *parts, launch.address(x.q if x.sinks is None else x.sinks), launch.address(out),
+        *sized, splits, *steps, **valued,
+        KIND=kind, SINKS=x.sinks is not None, FIXED=plan.digits["FIXED"], BT=16, BS=t.parts, warps=t.combine_warps,
     )  # fmt: skip
 
 
@@ -286,8 +332,8 @@ def decode_rows(x: Inputs) -> torch.Tensor:
     """``out [B, Q, H, Dv]`` of a checked call."""
     batch, heads, rows, _ = x.q.shape
     plan = plan_of(x)
-    launch = Launcher(plan)
-    out = torch.empty(batch, rows, heads, x.v.shape[3], dtype=x.q.dtype, device=x.q.device)
+    launch = Launcher(plan, x.q.device)
+    out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
     if POISON:
         out.fill_(float("nan"))
     run = decode_bands if x.stack.kind == "bands" else decode_scored

@@ -23,21 +23,23 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 2
     samples: int = 512
-    sample_warps: int = 8
+    slice: int = 128
+    sample_warps: int = 16
     bins: int = 1024
     listed: int = 64
     histogram_chunk: int = 1024
+    histogram_warps: int = 4
     threshold_warps: int = 8
     chunk: int = 512
     gather_programs: int = 2048
     gather_warps: int = 1
+    gather_registers: int | None = 128
     rows: int = 32
-    group_rows: int = 32
     stream_tile: int = 64
-    stream_programs: int = 1056
     stream_warps: int = 4
     stream_stages: int = 2
-    combine_warps: int = 4
+    parts: int = 64
+    combine_warps: int = 8
     band_tile: int = 64
     band_programs: int = 128
     band_warps: int = 4
@@ -56,11 +58,14 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
     slim = max(16, min(64, 64 * 256 // wide))
     return Tuning(
         tile=tile,
-        samples=512 if kind == "best" else 2048,
+        samples=512 if kind == "best" else 1024,
+        slice=max(16, min(128, 128 * 256 // wide)),
         bins=bins,
         listed=listed,
-        rows=max(8, min(32, 32 * 256 // wide)),
-        group_rows=max(16, min(32, 32 * 256 // wide)),
+        rows=max(16 if kind == "group" else 8, min(32, 32 * 256 // wide)),
+        parts=max(16, min(64, 64 * 128 // dim)),
+        gather_programs=512 if kind == "group" else 2048,
+        gather_warps=4 if kind == "group" else 1,
         stream_tile=slim,
         band_tile=slim,
     )

@@ -21,14 +21,15 @@ def capped(b_s, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def attend_tiles(
-    b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, i_first, i_last, K, stride_k, stride_v,
-    scale, softcap, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, i_first, i_last,
+    K, stride_k, stride_v, scale, softcap, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     EDGE: tl.constexpr, CUT: tl.constexpr, TIES: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the tiles of keys from ``i_first`` to ``i_last`` into the running softmax.
 
     EDGE tiles may hold ends of bands or of what is visible; all keys of the others are candidates of every row.
+    TIES: of the candidates ``[from, to)`` equal to its cut a row takes the first ``need``, ``seen`` were met before.
     """
     o_n = tl.arange(0, BN)
     o_v = tl.arange(0, BV)
@@ -38,9 +39,22 @@ def attend_tiles(
         b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
         b_s = products(b_q, b_k, PRECISION)
         if CUT:
-            keep = b_s >= b_cut[:, None]
             if TIES:
-                keep = keep & ((b_s > b_cut[:, None]) | (o_k[None, :] <= b_tie[:, None]))
+                equal = (b_s == b_cut[:, None]) & (o_k[None, :] >= b_from[:, None]) & (o_k[None, :] < b_to[:, None])
+                b_met = b_seen + tl.sum(equal.to(tl.int32), 1)
+                keep = (b_s > b_cut[:, None]) | (equal & (b_met <= b_need)[:, None])
+                m_split = (b_seen < b_need) & (b_met > b_need)
+                if tl.max(m_split.to(tl.int32), 0) > 0:
+                    b_few, b_enough = b_n * 0 + i_n - 1, b_n * 0 + i_n + BN - 1  # keys up to few: too few
+                    while tl.max(b_enough - b_few, 0) > 1:
+                        b_half = (b_few + b_enough) // 2
+                        b_rank = b_seen + tl.sum((equal & (o_k[None, :] <= b_half[:, None])).to(tl.int32), 1)
+                        b_few = tl.where(b_rank < b_need, b_half, b_few)
+                        b_enough = tl.where(b_rank < b_need, b_enough, b_half)
+                    keep = keep | (equal & (m_split[:, None] & (o_k[None, :] <= b_enough[:, None])))
+                b_seen = b_met
+            else:
+                keep = b_s >= b_cut[:, None]
             if EDGE:
                 keep = keep | (o_k[None, :] < b_stop[:, None]) | (o_k[None, :] >= b_start[:, None])
                 keep = keep & (o_k[None, :] < b_n[:, None])
@@ -69,22 +83,23 @@ def attend_tiles(
         b_m = b_new
         if COUNT:
             b_kept += tl.sum(keep.to(tl.int32), 1)
-    return b_acc, b_m, b_l, b_kept
+    return b_acc, b_m, b_l, b_kept, b_seen
 
 
 @triton.jit
 def attend_kernel(
-    q, k, v, out, cuts, ties, tied, sinks, counts,
+    q, k, v, out, cuts, needs, tied, sinks, counts,
     H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk, stride_vb, stride_vg, stride_vk,
-    stride_ob, stride_oh, stride_oq, first, first_bits, last, last_bits, min_keys, scale, softcap,
+    stride_ob, stride_oh, stride_oq, first, first_bits, last, last_bits, first_before, first_bits_before, last_before,
+    last_bits_before, min_keys, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, CUT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
+    FIRST_BEFORE_IS_SHARE: tl.constexpr, LAST_BEFORE_IS_SHARE: tl.constexpr, CUT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head.
 
-    With CUT a key outside the bands is kept when ``q·k > cut``, or ``== cut`` and its position ``<= tie``; ``tied``
-    says which tiles of rows need to look at ``ties`` at all. Rows that see fewer than ``min_keys`` keys are dense.
+    With CUT a key outside the bands is kept when ``q·k > cut``, or ``== cut`` and it is one of the first ``need`` such
+    keys beyond the bands before the scored masker; ``tied`` says which tiles of rows need to look at that at all. Rows that see fewer than ``min_keys`` keys are dense.
     """
     tiles = tl.num_programs(0)
     i_q = tiles - 1 - tl.program_id(0)  # the longest rows first
@@ -109,30 +124,36 @@ def attend_kernel(
     tail = tl.min(tl.where(m_q, b_start, 2147483647), 0) // BN * BN
     tail = tl.maximum(tail, tl.cdiv(head, BN) * BN)
     b_cut = tl.zeros([BM], tl.float32)
-    b_tie = tl.zeros([BM], tl.int32)
+    b_need = tl.zeros([BM], tl.int32)
+    b_seen = tl.zeros([BM], tl.int32)
+    b_from, b_to = b_stop, b_start
     tie = 0
     if CUT:
+        b_from, b_to = band_bounds(
+            b_n, first_before, first_bits_before, last_before, last_bits_before, FIRST_BEFORE_IS_SHARE,
+            LAST_BEFORE_IS_SHARE,
+        )  # fmt: skip
         b_cut = tl.load(cuts + i_bh * Q + o_q, mask=m_q, other=float("-inf"))
-        b_tie = tl.load(ties + i_bh * Q + o_q, mask=m_q, other=0)
+        b_need = tl.load(needs + i_bh * Q + o_q, mask=m_q, other=0)
         tie = tl.load(tied + i_bh * tiles + i_q)
-    b_acc, b_m, b_l, b_kept = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, 0, head, K, stride_kk, stride_vk,
-        scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+    b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, 0, head,
+        K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if CUT:
         middle = tl.cdiv(head, BN) * BN
         plain = tl.where(tie == 0, tail, middle)  # a tile of rows without ties skips the second loop
-        b_acc, b_m, b_l, b_kept = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, middle, plain, K, stride_kk,
-            stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, False, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, middle, plain,
+            K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, False, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
-        b_acc, b_m, b_l, b_kept = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, plain, tail, K, stride_kk,
-            stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, True, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, plain, tail,
+            K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, True, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
-    b_acc, b_m, b_l, b_kept = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_tie, tail, end, K, stride_kk, stride_vk,
-        scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+    b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, tail, end,
+        K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + i_h).to(tl.float32) * 1.4426950408889634

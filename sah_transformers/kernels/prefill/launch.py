@@ -49,11 +49,11 @@ def tiles_for(dtype: torch.dtype, dim: int) -> Tiles:
     """The measured block shapes; ``dim`` is the larger head dimension, padded to a power of two."""
     if dtype == torch.float32:
         keys = 32 if dim <= 128 else 16
-        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, 128 if dim <= 128 else 64, 4, 1), (16, 32, 4, 4))
+        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, 128 if dim <= 128 else 64, 4, 1), (16, 16, 4, 4))
     if dim <= 64:
-        return Tiles((128, 128, 8, 3), (128, 128, 8, 3), (64, 512, 8, 1), (16, 128, 4, 4))
+        return Tiles((128, 64, 4, 3), (128, 128, 8, 3), (64, 512, 8, 1), (16, 64, 8, 4))
     if dim <= 128:
-        return Tiles((128, 128, 8, 2), (128, 128, 8, 2), (64, 512, 8, 1), (16, 128, 4, 4))
+        return Tiles((64, 64, 4, 3), (128, 128, 8, 2), (64, 512, 8, 1), (16, 64, 8, 4))
     return Tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 256, 8, 1), (16, 64, 4, 4))
 
 
@@ -76,16 +76,16 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
     block, step, warps, stages = tiles_for(queries.dtype, max(width, value_width)).attend
     out = queries.new_empty(batch, rows, heads, value_dim)
     tiles = triton.cdiv(rows, block)
-    cuts = ties = tied = out  # not read without a cut
+    cuts = needs = tied = out  # not read without a cut
     if stack.best is not None:
-        cuts, ties, tied = find_cuts(call, stack, queries, keys, block)
+        cuts, needs, tied = find_cuts(call, stack, queries, keys, block)
     softcap = call.context.softcap
     arguments: Any = (
-        queries, keys, values, out, cuts, ties, tied, out if call.sinks is None else call.sinks.contiguous(),
+        queries, keys, values, out, cuts, needs, tied, out if call.sinks is None else call.sinks.contiguous(),
         out if counts is None else counts,
         heads, rows, total, heads // keys.shape[1], *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        out.stride(0), out.stride(2), out.stride(1), *stack.bands.arguments(), call.min_keys,
-        float(call.context.scaling), float(softcap or 1.0),
+        out.stride(0), out.stride(2), out.stride(1), *stack.bands.arguments(), *stack.before.arguments(),
+        call.min_keys, float(call.context.scaling), float(softcap or 1.0),
     )  # fmt: skip
     attend_kernel[(tiles, batch * heads)](
         *arguments,
@@ -97,6 +97,7 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
         BN=step,
         CAUSAL=call.visibility.is_causal,
         **stack.bands.shares(),
+        **stack.before.shares("_BEFORE"),
         CUT=stack.best is not None,
         SOFTCAP=softcap is not None,
         SINKS=call.sinks is not None,
@@ -119,8 +120,8 @@ def find_cuts(
     """The exact cut of every row.
 
     Returns:
-        cuts float32 and ties int32 ``[B, H, Q]``, and int32 ``[B, H, tiles]``: which tiles of ``attend_rows`` rows
-        have ties at the cut.
+        cuts float32 and needs int32 ``[B, H, Q]`` (how many keys equal to the cut a row takes), and int32
+        ``[B, H, tiles]``: which tiles of ``attend_rows`` rows do not take all of them.
     """
     assert stack.best is not None
     batch, heads, rows, total = call.shape
@@ -128,7 +129,7 @@ def find_cuts(
     tiles = tiles_for(queries.dtype, width)
     attend_tiles = triton.cdiv(rows, attend_rows)
     cuts = queries.new_empty(batch, heads, rows, dtype=torch.float32)
-    ties, queue = (torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device) for _ in range(2))
+    needs, queue = (torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device) for _ in range(2))
     zeros = torch.zeros(batch * heads * (attend_tiles + 1), dtype=torch.int32, device=queries.device)
     tied, waiting = zeros[batch * heads :], zeros[: batch * heads]
     where: Any = (
@@ -139,10 +140,10 @@ def find_cuts(
     flags: dict[str, Any] = {"CAUSAL": call.visibility.is_causal, **stack.before.shares()}
     ranks: dict[str, Any] = {"BUDGET_IS_SHARE": isinstance(stack.best.budget, float)}
     shape: dict[str, Any] = {"D": queries.shape[-1], "BD": width, "PRECISION": precision_of(queries)}
+    parts = Part.split(call, stack, tiles)
+    scratch = Scratch.empty(parts, batch * heads, queries.device)
     start = 0
-    while start < rows:
-        part = Part.of(call, stack, tiles, start)
-        scratch = Scratch.empty(part, batch * heads, queries.device)
+    for part in parts:
         if part.chunks:
             block, sample, warps, stages = tiles.bracket
             bracket_kernel[(triton.cdiv(part.rows, block), batch * heads)](
@@ -158,17 +159,18 @@ def find_cuts(
         )  # fmt: skip
         listed = triton.next_power_of_2(part.capacity)
         select_kernel[(part.rows, batch * heads)](
-            scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, cuts, ties, waiting, queue,
-            start, part.rows, rows, total, *stack.before.arguments(), *budget, part.capacity, BC=listed, **flags,
-            **ranks, BRACKET=part.chunks > 0, num_warps=min(8, max(1, listed // 512)), num_stages=1,
+            scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, cuts, needs, tied, waiting,
+            queue, start, part.rows, rows, total, *stack.before.arguments(), *budget, part.capacity, attend_tiles,
+            BC=listed, TILE=attend_rows, **flags,
+            **ranks, BRACKET=part.chunks > 0, num_warps=min(8, max(1, listed // 256)), num_stages=1,
         )  # fmt: skip
         start += part.rows
     block, step, warps, bits = tiles.settle
     settle_kernel[(triton.cdiv(rows, block), batch * heads)](
-        queries, keys, cuts, ties, tied, waiting, queue, *where, *budget, attend_tiles, **shape, BM=block, BN=step,
+        queries, keys, cuts, needs, tied, waiting, queue, *where, *budget, attend_tiles, **shape, BM=block, BN=step,
         BITS=bits, TILE=attend_rows, **flags, **ranks, num_warps=warps, num_stages=2,
     )  # fmt: skip
-    return cuts, ties, tied
+    return cuts, needs, tied
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,16 @@ class Part:
     chunks: int
     capacity: int
     most: int
+
+    @classmethod
+    def split(cls, call: Call, stack: Stack, tiles: Tiles) -> list[Part]:
+        """All queries in tiles."""
+        parts: list[Part] = []
+        start = 0
+        while start < call.shape[2]:
+            parts.append(cls.of(call, stack, tiles, start))
+            start += parts[-1].rows
+        return parts
 
     @classmethod
     def of(cls, call: Call, stack: Stack, tiles: Tiles, start: int) -> Part:
@@ -229,9 +241,11 @@ class Scratch:
     reached: torch.Tensor
 
     @classmethod
-    def empty(cls, part: Part, heads: int, device: torch.device) -> Scratch:
-        size = heads * part.rows
-        lows, highs = torch.empty(2, size, dtype=torch.float32, device=device)
-        counts, reached = torch.empty(2, 4 * size, dtype=torch.int32, device=device)
-        lists = torch.empty(4 * size * part.capacity, dtype=torch.float32, device=device)
+    def empty(cls, parts: list[Part], heads: int, device: torch.device) -> Scratch:
+        """Room for any one of ``parts``."""
+        size = heads * max(part.rows for part in parts)
+        listed = heads * max(part.rows * part.capacity for part in parts)
+        lows, highs = torch.empty((2, size), dtype=torch.float32, device=device)
+        counts, reached = torch.empty((2, 4 * size), dtype=torch.int32, device=device)
+        lists = torch.empty(4 * listed, dtype=torch.float32, device=device)
         return cls(lows, highs, lists, counts, reached)

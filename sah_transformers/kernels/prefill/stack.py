@@ -39,9 +39,10 @@ class Bands:
         """(first, its share's bits, last, its share's bits) for a kernel."""
         return (*budget_arguments(self.first), *budget_arguments(self.last))
 
-    def shares(self) -> dict[str, bool]:
+    def shares(self, which: str = "") -> dict[str, bool]:
         """Which of the two are shares, for a kernel."""
-        return {"FIRST_IS_SHARE": isinstance(self.first, float), "LAST_IS_SHARE": isinstance(self.last, float)}
+        shares = {"FIRST": isinstance(self.first, float), "LAST": isinstance(self.last, float)}
+        return {f"{name}{which}_IS_SHARE": is_share for name, is_share in shares.items()}
 
 
 def budget_arguments(budget: Budget) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 Four kernels. ``bracket_kernel`` brackets the k-th score by a sample of the keys. ``emit_kernel`` computes all scores,
 counts those at or above the bracket and writes those inside. ``select_kernel`` finds the exact cut among the written.
-``settle_kernel`` redoes the few rows whose bracket missed, or whose cut falls among equal scores, by a radix search.
-A cut is proven: exactly k candidates have a score above it, or equal to it at a position up to ``tie``.
+``settle_kernel`` redoes the few rows whose bracket missed or whose lists were too short, by a radix search. A cut is
+proven: fewer than k candidates have a score above it, and with the first ``need`` of those equal to it there are k.
 """
 
 import triton
@@ -19,8 +19,8 @@ from sah_transformers.kernels.prefill.rows import (
 )
 
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
-MISSED = tl.constexpr(-1)
-"""Mark of a row whose cut is unknown, where a row of ties has the number of equal keys that it takes."""
+ALL = tl.constexpr(2147483647)
+"""Where a row takes all keys equal to its cut, the number of them that it takes."""
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def write_between(b_s, b_low, b_high, p_list, b_end, b_reached, BM: tl.constexpr
                 add.u64 a, a, $7;
                 @p st.global.f32 [a], $2;
                 mov.b32 $0, $5;
-                @p add.s32 $0, $0, 4;
+                @p add.s32 $0, $0, 16;
                 mov.b32 $1, $6;
                 @r add.s32 $1, $1, 1; }""",
                 "=&r,=&r,f,f,f,r,r,l",
@@ -126,7 +126,7 @@ def write_between(b_s, b_low, b_high, p_list, b_end, b_reached, BM: tl.constexpr
         else:
             m_x = (b_x >= b_low) & (b_x <= b_high)
             tl.store(p_list + b_end // 4, b_x, mask=m_x)
-            b_end += m_x.to(tl.int32) * 4
+            b_end += m_x.to(tl.int32) * 16
             b_reached += (b_x >= b_low).to(tl.int32)
         return b_end, b_reached
     else:
@@ -172,7 +172,7 @@ def emit_kernel(
 ):  # fmt: skip
     """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
 
-    ``lists`` ``[B*H, rows, 4, capacity]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
+    ``lists`` ``[B*H, rows, capacity, 4]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
     the bracket (negative where the list was too short) and how many at or above its lower end.
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -193,8 +193,8 @@ def emit_kernel(
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
     o_l = tl.arange(0, 4)
     o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
-    b_first = (o_c * capacity * 4).to(tl.int32)
-    b_full = b_first + (capacity - BN // 4) * 4
+    b_first = (((i_bh * rows + o_r)[:, None] * capacity * 4 + o_l[None, :]) * 4).to(tl.int32)
+    b_full = b_first + (capacity - BN // 4) * 16
     b_end = b_first
     begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
     end = tl.max(tl.where(b_start > b_stop, b_start, 0), 0)
@@ -217,7 +217,7 @@ def emit_kernel(
         b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, inner_end, end, K, stride_kk,
         D, BD, BM, BN, True, PRECISION, ASM,
     )  # fmt: skip
-    b_count = (b_end - b_first + b_lost) // 4
+    b_count = (b_end - b_first + b_lost) // 16
     tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
     tl.store(list_reached + o_c, b_reached, mask=m_r[:, None])
 
@@ -236,11 +236,40 @@ def restored(b_i):
 
 
 @triton.jit
+def search(p_list, b_count, inside, wanted, BC: tl.constexpr):
+    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots."""
+    o_c = tl.arange(0, BC)
+    m_c = o_c[:, None] < b_count[None, :]
+    b_s = tl.load(p_list + o_c[:, None] * 4 + tl.arange(0, 4)[None, :], mask=m_c, other=0.0)
+    b_x = tl.where(m_c, ordered(b_s), -2147483648)
+    low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 1), 0).to(tl.int64)
+    high = tl.max(tl.max(b_x, 1), 0).to(tl.int64) + 1
+    at_low, at_high = inside, inside * 0  # at or above low: enough; at or above high: too few
+    aside = 0.0
+    step = 0
+    while (high - low > 1) & (at_low != wanted):
+        left = (at_low - at_high).to(tl.float32)
+        share = ((at_low - wanted).to(tl.float32) + aside * tl.sqrt(left)) / left
+        share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
+        middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        count = tl.sum(tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 1), 0)
+        enough = count >= wanted
+        low = tl.where(enough, middle, low)
+        at_low = tl.where(enough, count, at_low)
+        high = tl.where(enough, high, middle)
+        at_high = tl.where(enough, at_high, count)
+        aside = tl.where(enough, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
+        step += 1
+    return restored(low.to(tl.int32)), tl.where(at_low == wanted, ALL, wanted - at_high)
+
+
+@triton.jit
 def select_kernel(
-    lows, highs, lists, list_counts, list_reached, cuts, ties, waiting, queue,
-    i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity,
-    BC: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
-    BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
+    lows, highs, lists, list_counts, list_reached, cuts, needs, tied, waiting, queue,
+    i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity, tiles,
+    BC: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
+    LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
 ):  # fmt: skip
     """One program: the cut of one row from its lists; rows that the lists cannot decide join the queue."""
     i_r = tl.program_id(0)
@@ -250,57 +279,38 @@ def select_kernel(
     stop, start = band_bounds(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
     wanted = granted(n, budget, budget_bits, BUDGET_IS_SHARE)
     cut = tl.full([], float("-inf"), tl.float32)
-    tie = n * 0 + K
+    need = n * 0 + ALL
     if wanted < start - stop:
+        i_row = i_bh * rows + i_r
         o_l = tl.arange(0, 4)
-        i_list = (i_bh * rows + i_r) * 4
-        b_count = tl.load(list_counts + i_list + o_l)
+        b_count = tl.load(list_counts + i_row * 4 + o_l)
         inside = tl.sum(tl.abs(b_count), 0)
-        above = tl.sum(tl.load(list_reached + i_list + o_l), 0) - inside
-        short = tl.min(b_count, 0) < 0
-        wanted = wanted - above
-        tie = n * 0 + MISSED
+        wanted -= tl.sum(tl.load(list_reached + i_row * 4 + o_l), 0) - inside
+        need = n * 0
         if (wanted > 0) & (wanted <= inside):
-            if short:
+            longest = tl.max(b_count, 0)
+            if tl.min(b_count, 0) < 0:
                 if BRACKET:
-                    value = tl.load(lows + i_bh * rows + i_r)
-                    if value == tl.load(highs + i_bh * rows + i_r):  # all of them are equal
+                    value = tl.load(lows + i_row)
+                    if value == tl.load(highs + i_row):  # all of them are equal
                         cut = value
-                        tie = wanted
+                        need = wanted
+            elif longest <= BC // 2:
+                cut, need = search(lists + i_row * capacity * 4, b_count, inside, wanted, BC // 2)
             else:
-                o_c = tl.arange(0, BC)
-                m_c = o_c[None, :] < b_count[:, None]
-                b_s = tl.load(lists + (i_list + o_l)[:, None] * capacity + o_c[None, :], mask=m_c, other=0.0)
-                b_x = tl.where(m_c, ordered(b_s), -2147483648)
-                low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 1), 0).to(tl.int64)
-                high = tl.max(tl.max(b_x, 1), 0).to(tl.int64) + 1
-                at_low, at_high = inside, 0  # at or above low: enough; at or above high: too few
-                step = 0
-                while (high - low > 1) & (at_low != wanted):
-                    share = (at_low - wanted + 0.5) / (at_low - at_high).to(tl.float32)
-                    share = tl.where(step % 3 == 2, 0.5, share)
-                    middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
-                    middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-                    count = tl.sum(tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 1), 0)
-                    enough = count >= wanted
-                    low = tl.where(enough, middle, low)
-                    at_low = tl.where(enough, count, at_low)
-                    high = tl.where(enough, high, middle)
-                    at_high = tl.where(enough, at_high, count)
-                    step += 1
-                cut = restored(low.to(tl.int32))
-                tie = tl.where(at_low == wanted, K, wanted - at_high)
-    undecided = (wanted < start - stop) & (tie != K)
+                cut, need = search(lists + i_row * capacity * 4, b_count, inside, wanted, BC)
+        if need == 0:
+            place = tl.atomic_add(waiting + i_bh, 1, sem="relaxed")
+            tl.store(queue + i_bh * Q + place, i_q)
+        elif need != ALL:
+            tl.store(tied + i_bh * tiles + i_q // TILE, 1)
     tl.store(cuts + i_bh * Q + i_q, cut)
-    tl.store(ties + i_bh * Q + i_q, tie)
-    if undecided:
-        place = tl.atomic_add(waiting + i_bh, 1, sem="relaxed")
-        tl.store(queue + i_bh * Q + place, i_q)
+    tl.store(needs + i_bh * Q + i_q, need)
 
 
 @triton.jit
 def settle_kernel(
-    q, k, cuts, ties, tied, waiting, queue,
+    q, k, cuts, needs, tied, waiting, queue,
     H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
     first, first_bits, last, last_bits, budget, budget_bits, tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
@@ -309,8 +319,7 @@ def settle_kernel(
 ):  # fmt: skip
     """One program: BM rows of one head's queue; does nothing where the queue is shorter.
 
-    Rows without a cut get it BITS bits at a time, each by a pass that counts the candidates above 2**BITS - 1
-    pivots. Then one pass finds the position of the last key that a row takes among those equal to its cut.
+    The cut is found BITS bits at a time, each time by a pass that counts the candidates at or above 2**BITS pivots.
     """
     i_bh = tl.program_id(1).to(tl.int64)
     length = tl.load(waiting + i_bh)
@@ -324,52 +333,29 @@ def settle_kernel(
         b_n = tl.where(m_i, visible_keys(o_q, Q, K, CAUSAL), 0)
         b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
         b_wanted = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
-        b_need = tl.load(ties + i_bh * Q + o_q, mask=m_i, other=0)
-        m_miss = m_i & (b_need == MISSED)
-        b_cut = ordered(tl.load(cuts + i_bh * Q + o_q, mask=m_i & (b_need != MISSED), other=0.0))
         begin = tl.min(tl.where(m_i, b_stop, 2147483647), 0) // BN * BN
         end = tl.max(tl.where(m_i, b_start, 0), 0)
         o_n = tl.arange(0, BN)
-        if tl.max(m_miss.to(tl.int32), 0) > 0:
-            PIVOTS: tl.constexpr = 2**BITS
-            o_p = tl.arange(0, PIVOTS)
-            b_base = tl.full([BM], -2147483648, tl.int32)
-            b_more = tl.zeros([BM], tl.int32)  # candidates above everything that starts with the base
-            for i_pass in range(32 // BITS):
-                width = 1 << (32 - BITS - i_pass * BITS)
-                b_counts = tl.zeros([BM, PIVOTS], tl.int32)
-                for i_n in range(begin, end, BN):
-                    o_k = i_n + o_n
-                    b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
-                    b_x = ordered(products(b_q, b_k, PRECISION))
-                    m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
-                    for i_p in tl.static_range(1, PIVOTS):
-                        m_p = m_x & (b_x >= (b_base + i_p * width)[:, None])
-                        b_counts += tl.where(o_p[None, :] == i_p, tl.sum(m_p.to(tl.int32), 1)[:, None], 0)
-                b_bits = tl.sum((b_counts >= b_wanted[:, None]).to(tl.int32), 1)
-                b_next = tl.sum(tl.where(o_p[None, :] == b_bits[:, None] + 1, b_counts, 0), 1)
-                b_more = tl.where(b_bits + 1 < PIVOTS, b_next, b_more)
-                b_base += b_bits * width
-            b_cut = tl.where(m_miss, b_base, b_cut)
-            b_need = tl.where(m_miss, b_wanted - b_more, b_need)
-        b_seen = tl.zeros([BM], tl.int32)
-        b_tie = tl.full([BM], -1, tl.int32)
-        i_n = begin
-        while i_n < end:
-            o_k = i_n + o_n
-            b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
-            b_x = ordered(products(b_q, b_k, PRECISION))
-            m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
-            m_x = m_x & (b_x == b_cut[:, None])
-            b_found = tl.sum(m_x.to(tl.int32), 1)
-            m_last = m_i & (b_seen < b_need) & (b_seen + b_found >= b_need)
-            if tl.max(m_last.to(tl.int32), 0) > 0:
-                b_rank = b_seen[:, None] + tl.cumsum(m_x.to(tl.int32), 1)
-                b_place = tl.where(m_x & (b_rank == b_need[:, None]), o_k[None, :], -1)
-                b_tie = tl.where(m_last, tl.max(b_place, 1), b_tie)
-            b_seen += b_found
-            open_rows = tl.sum((m_i & (b_seen < b_need)).to(tl.int32), 0)
-            i_n = tl.where(open_rows > 0, i_n + BN, end)
-        tl.store(cuts + i_bh * Q + o_q, restored(b_cut), mask=m_i)
-        tl.store(ties + i_bh * Q + o_q, b_tie, mask=m_i)
-        tl.store(tied + i_bh * tiles + o_q // TILE, b_tie * 0 + 1, mask=m_i)
+        PIVOTS: tl.constexpr = 2**BITS
+        o_p = tl.arange(0, PIVOTS)
+        b_base = tl.full([BM], -2147483648, tl.int32)
+        b_more = tl.zeros([BM], tl.int32)  # candidates above everything that starts with the base
+        for i_pass in range(32 // BITS):
+            width = 1 << (32 - BITS - i_pass * BITS)
+            b_pivots = b_base[:, None, None] + o_p[None, None, :] * width
+            b_counts = tl.zeros([BM, BN, PIVOTS], tl.int32)
+            for i_n in range(begin, end, BN):
+                o_k = i_n + o_n
+                b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
+                b_x = ordered(products(b_q, b_k, PRECISION))
+                m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+                b_x = tl.where(m_x, b_x, -2147483648)  # a score of no key: at or above the first pivot only
+                b_counts += (b_x[:, :, None] >= b_pivots).to(tl.int32)
+            b_totals = tl.sum(b_counts, 1)
+            b_bits = tl.sum(((b_totals >= b_wanted[:, None]) & (o_p[None, :] > 0)).to(tl.int32), 1)
+            b_next = tl.sum(tl.where(o_p[None, :] == b_bits[:, None] + 1, b_totals, 0), 1)
+            b_more = tl.where(b_bits + 1 < PIVOTS, b_next, b_more)
+            b_base += b_bits * width
+        tl.store(cuts + i_bh * Q + o_q, restored(b_base), mask=m_i)
+        tl.store(needs + i_bh * Q + o_q, b_wanted - b_more, mask=m_i)
+        tl.store(tied + i_bh * tiles + o_q // TILE, b_more * 0 + 1, mask=m_i)
