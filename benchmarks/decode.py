@@ -186,16 +186,14 @@ def grid(**choices):
 
 
 SWEEPS = [
-    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(sample_warps=[8, 16, 32], slice=[32, 64, 128])),
-    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(threshold_warps=[2, 4, 8, 16])),
-    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(combine_warps=[4, 8, 16], parts=[16, 32, 64])),
-    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(gather_programs=[2048, 4096], rows=[16, 32], gather_registers=[96, 128])),
-    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(chunk=[256, 1024], gather_programs=[2048], rows=[16, 32])),
-    ("top-k", [SINK, LOCAL, TOP_K], 32768, grid(gather_programs=[1024, 2048], rows=[16, 32], gather_registers=[96, 128])),
-    ("group", [SINK, LOCAL, GROUP], 131072, grid(gather_programs=[256, 512, 1024, 2048], gather_warps=[2, 4])),
-    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(stream_tile=[64, 128], stream_stages=[1, 2, 3], stream_warps=[4, 8])),
-    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(gather_programs=[4096], stream_tile=[64, 128], stream_stages=[2, 3])),
-    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(histogram_chunk=[1024, 2048], histogram_warps=[4, 8])),
+    ("top-k", [SINK, LOCAL, TOP_K], 131072, grid(sample_warps=[4, 8, 16], slice=[32, 64, 128], sample_stages=[3, 4, 6])),
+    ("top-k", [SINK, LOCAL, TOP_K], 32768, grid(tile=[64, 128], tiles=[2, 4], score_stages=[2, 3])),
+    ("top-k", [SINK, LOCAL, TOP_K], 32768, grid(bins=[256, 512], gather_programs=[1024, 2048])),
+    ("group", [SINK, LOCAL, GROUP], 131072, grid(chunk=[1024, 2048], rows=[32, 64], gather_warps=[4, 8])),
+    ("group", [SINK, LOCAL, GROUP], 131072, grid(sample_warps=[8, 32])),
+    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(samples=[1024, 2048, 4096], sample_warps=[8, 16])),
+    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(combine_warps=[4, 8], listed=[64, 128])),
+    ("top-p", [SINK, LOCAL, TOP_P], 131072, grid(stream_warps=[4, 8], gather_programs=[1024, 4096])),
 ]
 
 

@@ -189,9 +189,7 @@ def group_estimate(rows: Rows, b, heads, i) -> Estimate:
     for h in heads:
         parts.append(softmax(rows.score[b, h, i], rows.error[b, h, i], positions(rows.visible[b, h, i])))
     slack = 1 + ULP * len(parts)
-    return Estimate(
-        sum(p.value for p in parts), sum(p.low for p in parts) / slack, sum(p.high for p in parts) * slack
-    )
+    return Estimate(sum(p.value for p in parts), sum(p.low for p in parts) / slack, sum(p.high for p in parts) * slack)
 
 
 def group_candidates(rows: Rows, b, heads, i) -> list[int]:

@@ -99,13 +99,13 @@ def check_output(out, truth, case):
 
 
 def check(case, previous=None, kernel="reference"):
-    mask = None if previous is None else as_mask(previous)
+    earlier = None if previous is None else as_mask(previous)
     out, mask = sparse_attention(
         case.queries,
         case.keys,
         case.values,
         case.maskers,
-        previous_mask=mask,
+        previous_mask=earlier,
         kernel=kernel,
         return_mask=True,
         **case.options,
@@ -115,6 +115,8 @@ def check(case, previous=None, kernel="reference"):
     )
     check_mask(mask, truth, case)
     check_output(out, truth, case)
+    if previous is not None:
+        assert torch.equal(earlier.get_dense_mask(), previous), "the previous mask was changed in place"
     return truth
 
 

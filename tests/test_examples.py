@@ -1,10 +1,14 @@
 """The examples run as they stand, offline, and are as short as they claim."""
 
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.core
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -34,3 +38,13 @@ def test_the_example_masker_selects_what_it_says(monkeypatch, capsys):
     for head in range(4):
         best = (queries[0, head] @ keys[0, head // 2].sign().T).topk(5).indices
         assert set(mask.active()[0, head, 0].nonzero().flatten().tolist()) == set(best.flatten().tolist())
+
+
+def test_the_readme_prints_what_it_says():
+    """The first block of the README is eight lines, and the indented line after it is its output."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```\n\n    (.*?)\n", text, re.DOTALL)
+    assert code is not None
+    assert len(code[1].splitlines()) == 8
+    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == code[2]

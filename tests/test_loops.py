@@ -45,9 +45,7 @@ def test_indices_are_the_only_visible_keys():
     assert visible[0, 0, 0].tolist() == [True, False, False, True, False]
 
 
-@pytest.mark.parametrize(
-    ("size", "n", "count"), [(1, 9, 1), (1.0, 9, 9), (0.1, 30, 3), (0.05, 10, 1), (12, 5, 12)]
-)
+@pytest.mark.parametrize(("size", "n", "count"), [(1, 9, 1), (1.0, 9, 9), (0.1, 30, 3), (0.05, 10, 1), (12, 5, 12)])
 def test_budget(size, n, count):
     assert loops.budget(size, n) == count
 

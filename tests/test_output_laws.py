@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import tensors
 from test_exactness import as_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sah_transformers import sparse_attention
 
@@ -130,6 +132,34 @@ def test_gradients_may_be_taken_twice_over_the_same_graph():
     first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     again = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@each_stack
+def test_memory_is_linear_in_the_keys(stack):
+    """No tensor grows with queries times keys, forward or backward, when no mask is asked for."""
+
+    def largest(n):
+        q, k, v = (x.requires_grad_() for x in draw(B=1, H=2, G=1, Q=n, K=n, D=4, Dv=4, dtype=torch.float32))
+        padding = torch.ones(1, n, dtype=torch.long)
+        with Largest() as seen:
+            out = sparse_attention(q, k, v, stack, attention_mask=padding, kernel="reference", return_mask=False)
+            out.sum().backward()
+        return seen.numel
+
+    assert largest(4096) <= 4.5 * largest(1024)
 
 
 # Dropout

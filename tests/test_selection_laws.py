@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_exactness import as_mask, examples
 
-from sah_transformers import MaskerRegistry, State, sparse_attention
+from sah_transformers import Mask, MaskerRegistry, State, sparse_attention
 
 STACKS = {
     "sink": [{"type": "sink", "sink_size": 3}],
@@ -213,6 +213,41 @@ def test_repeating_a_fixed_masker_adds_nothing(data):
     _, once = select(q, k, v, [config])
     _, twice = select(q, k, v, [config, config])
     assert torch.equal(once, twice)
+
+
+@each_stack
+def test_an_empty_mask_is_no_mask_in_every_form(stack):
+    """Nothing, an empty mask and a mask of zeros mean the same: nothing is selected yet."""
+    q, k, v = draw(Q=5, K=20)
+    stack = stack or [{"type": "causal"}]
+    out, expected = select(q, k, v, stack)
+    shape = (2, 4, 5, 20)
+    none = torch.zeros(0, dtype=torch.long)
+    for empty in (
+        Mask.create_empty_mask(shape, torch.float32, torch.device("cpu")),
+        as_mask(torch.zeros(shape)),
+        Mask.create_mask_from_indices(shape, none, torch.zeros(41, dtype=torch.long), None, torch.float32),
+    ):
+        other_out, mask = select(q, k, v, stack, previous_mask=empty)
+        assert torch.equal(mask, expected)
+        assert torch.equal(other_out, out)
+        assert empty.is_empty_mask()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_add_mask_has_defaults(kind):
+    config = {"sink": {"sink_size": 2}, "local": {"window_size": 2}, "oracle_top_k": {"heavy_size": 3}}
+    config = MaskerRegistry.config_class(kind)(**{"oracle_top_p": {"top_p": 0.6}, **config}.get(kind, {}))
+    masker = MaskerRegistry.create_masker(config)
+    q, k, v = draw(Q=5, K=20)
+    shape = (2, 4, 5, 20)
+    given = {"keys": k, "queries": q, "values": v, "attention_mask": None}
+    given["previous_mask"] = as_mask(torch.zeros(shape))
+    short = masker.add_mask(**given).get_dense_mask()
+    full = masker.add_mask(**given, scaling=16**-0.5, dropout=0.0, sparse_meta_data={}, layer_idx=0)
+    assert torch.equal(short, full.get_dense_mask())
+    again = type(masker).create_from_config(config).add_mask(**given)
+    assert torch.equal(short, again.get_dense_mask())
 
 
 # Odd inputs

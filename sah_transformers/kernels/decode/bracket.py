@@ -17,13 +17,10 @@ ROUNDS = tl.constexpr(4)
 
 
 @triton.jit
-def sample_positions(first_end, last_start, SAMPLES: tl.constexpr):
-    """One jittered position in each of ``SAMPLES`` equal parts of ``[first_end, last_start)``."""
-    o = tl.arange(0, SAMPLES)
-    jitter = (o * 40503) & 0xFFFF
-    return first_end + (((o * 65536 + jitter).to(tl.int64) * (last_start - first_end)) // (SAMPLES * 65536)).to(
-        tl.int32
-    )
+def sample_position(o_s, first_end, last_start, SAMPLES: tl.constexpr):
+    """A jittered position in part ``o_s`` of ``SAMPLES`` equal parts of ``[first_end, last_start)``."""
+    jitter = (o_s * 40503) & 0xFFFF
+    return first_end + (((o_s * 65536 + jitter).to(tl.int64) * (last_start - first_end)) // (SAMPLES * 65536)).to(tl.int32)
 
 
 @triton.jit
@@ -64,11 +61,11 @@ def store_line(lines, E, i_e, low, high, BINS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["K", "B", "sk_b", "sk_g", "first", "first_share", "last", "last_share", "size", "share"])
 def sample_keys_kernel(
-    q, k, mask, limits, lines, histogram, K, B, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
+    q, k, mask, limits, lines, histogram, samples, K, B, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SAMPLES: tl.constexpr, SLICE: tl.constexpr, BINS: tl.constexpr,
+    SAMPLES: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Bracket of a row's ``size``-th best score from the scores of sampled keys; one program per row."""
     i_r = tl.program_id(0)
@@ -78,20 +75,25 @@ def sample_keys_kernel(
     )
     candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
     tl.store(histogram + i_r.to(tl.int64) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-    o_k = sample_positions(first_end, tl.maximum(last_start, first_end), SAMPLES)
+    last_start = tl.maximum(last_start, first_end)
+    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
     m_k = (o_k < last_start) & (o_k < K)
     if MASKED:
         p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q
         m_k = m_k & (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0)
     p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
     p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
-    b_s = tl.zeros([SAMPLES], tl.float32)
-    for i_d in tl.static_range(0, BD, SLICE):
-        o_d = i_d + tl.arange(0, SLICE)
-        b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-        p_kd = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
-        b_k = tl.load(p_kd, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-        b_s += tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+    o_d = tl.arange(0, BD)
+    b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    p_mine = samples + i_r * SAMPLES
+    for start in tl.range(0, SAMPLES, SLICE, num_stages=STAGES):  # copied asynchronously: all are under way at once
+        o_s = start + tl.arange(0, SLICE)
+        o_t = sample_position(o_s, first_end, last_start, SAMPLES)
+        p_kd = p_k + o_t[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
+        b_k = tl.load(p_kd, mask=(o_t < K)[:, None] & (o_d < D)[None, :], other=0.0)
+        tl.store(p_mine + o_s, tl.sum(b_k.to(tl.float32) * b_q[None, :], 1))
+    tl.debug_barrier()
+    b_s = tl.load(p_mine + tl.arange(0, SAMPLES))
     b_s = capped(b_s * scaling, softcap, SOFTCAP)
     wanted = size_of(n, size, share)
     low, high = count_bracket(b_s, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
@@ -127,19 +129,20 @@ def mass_bracket(b_x, b_e, m_x, factor, left, peak):
 
 
 @triton.jit
-def row_totals(peaks, masses, stats, R, i_r, chunks, CHUNKS: tl.constexpr):
-    """Reduce the chunks of a row to ``stats [3, R]``: peak, free mass, band mass relative to the peak."""
-    o = tl.arange(0, CHUNKS)
-    p = i_r.to(tl.int64) * chunks + o
-    b_peak = tl.load(peaks + p, mask=o < chunks, other=float("-inf"))
-    peak = tl.max(b_peak)
+def row_totals(peaks, masses, stats, R, o_r, m_r, chunks, CHUNKS: tl.constexpr):
+    """Reduce the chunks of rows to ``stats [3, R]``: peak, free mass and band mass relative to the peak."""
+    o_c = tl.arange(0, CHUNKS)[None, :]
+    m = m_r[:, None] & (o_c < chunks)
+    p = o_r[:, None].to(tl.int64) * chunks + o_c
+    b_peak = tl.load(peaks + p, mask=m, other=float("-inf"))
+    peak = tl.max(b_peak, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that sees nothing
-    b_w = tl.exp(b_peak - peak)
-    free = tl.sum(tl.load(masses + p, mask=o < chunks, other=0.0) * b_w)
-    band = tl.sum(tl.load(masses + R.to(tl.int64) * chunks + p, mask=o < chunks, other=0.0) * b_w)
-    tl.store(stats + i_r, peak)
-    tl.store(stats + R + i_r, free)
-    tl.store(stats + 2 * R + i_r, band)
+    b_w = tl.exp(b_peak - peak[:, None])
+    free = tl.sum(tl.load(masses + p, mask=m, other=0.0) * b_w, 1)
+    band = tl.sum(tl.load(masses + R.to(tl.int64) * chunks + p, mask=m, other=0.0) * b_w, 1)
+    tl.store(stats + o_r, peak, mask=m_r)
+    tl.store(stats + R + o_r, free, mask=m_r)
+    tl.store(stats + 2 * R + o_r, band, mask=m_r)
     return peak, free, band
 
 
@@ -162,7 +165,8 @@ def sample_scores_kernel(
     scores, limits, lines, histogram, peaks, masses, stats,
     K, B, stride, chunks, top_p, first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    MASS: tl.constexpr, TOTAL: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr,
+    MASS: tl.constexpr, TOTAL: tl.constexpr, CHUNKS: tl.constexpr, HEADS: tl.constexpr, SAMPLES: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Bracket of a selection row from stored scores: of one head by mass, or of a group by summed softmax."""
     i_e = tl.program_id(0)
@@ -175,10 +179,12 @@ def sample_scores_kernel(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
     last_start = tl.maximum(last_start, first_end)
-    o_k = sample_positions(first_end, last_start, SAMPLES)
+    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
     m_k = (o_k < last_start) & (o_k < K)
     if MASS:
-        peak, free, band = row_totals(peaks, masses, stats, R, i_e, chunks, CHUNKS)
+        o_r = i_e + tl.arange(0, 1)
+        peak, free, band = row_totals(peaks, masses, stats, R, o_r, o_r < R, chunks, CHUNKS)
+        peak, free, band = tl.max(peak), tl.max(free), tl.max(band)
         b_s = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         m_k = m_k & (b_s > float("-inf"))
         factor = (last_start - first_end).to(tl.float32) / SAMPLES
@@ -186,14 +192,14 @@ def sample_scores_kernel(
         low, high = mass_bracket(b_s, tl.exp(b_s - peak), m_k, tl.maximum(factor, 1.0), left, peak)
         tl.store(lines + 2 * E + i_e, high)
     else:
-        i_r = (i_e // Q) * (H // G * Q) + i_q
-        b_mass = tl.zeros([SAMPLES], tl.float32)
-        for _ in range(0, H // G):
-            peak, free, band = row_totals(peaks, masses, stats, R, i_r, chunks, CHUNKS)
-            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
-            m_k = m_k & (b_s > float("-inf"))
-            b_mass += tl.exp(b_s - peak) / tl.maximum(free + band, 1.0)
-            i_r += Q
+        o_h = tl.arange(0, HEADS)
+        m_h = o_h < H // G
+        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
+        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
+        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+        b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
+        b_mass = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
+        m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
         wanted = size_of(n, size, share)
         candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
         share_of = wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32)

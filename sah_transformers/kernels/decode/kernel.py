@@ -250,7 +250,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
             "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
             "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
-            "chosen": (all_rows * t.listed, i32), "packed": (packs, i64 if kind != "group" else i32),
+            "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32), "packed": (packs, i64 if kind != "group" else i32),
             "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
         },
     )  # fmt: skip
@@ -263,9 +263,9 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     rowed = {**plan.shape, **plan.sight}
     if not after:
         launch(
-            sample_keys_kernel, (all_rows, 1, 1), q, k, mask, s["limits"], s["lines"], s["histogram"],
+            sample_keys_kernel, (all_rows, 1, 1), q, k, mask, s["limits"], s["lines"], s["histogram"], s["samples"],
             keys, batch, *keyed, *size, **scored,
-            SAMPLES=t.samples, SLICE=min(t.slice, plan.dims["BD"]), BINS=t.bins, warps=t.sample_warps,
+            SAMPLES=t.samples, SLICE=t.slice, STAGES=t.sample_stages, BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
     launch(
         score_kernel, (chunks, batch * groups, -(-in_group // plan.bm)),
@@ -279,7 +279,8 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             sample_scores_kernel, (selections, 1, 1),
             s["scores"], s["limits"], s["lines"], s["histogram"], s["peaks"], s["masses"], s["stats"],
             keys, batch, stride // 16, chunks, stack.top_p, *bands, *size, **rowed,
-            MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks, SAMPLES=t.samples, BINS=t.bins, warps=t.sample_warps,
+            MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks,
+            HEADS=power_of_2(heads // groups), SAMPLES=t.samples, BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
         chunks, most_chunks = looks, power_of_2(-(-(plan.keys + span) // t.histogram_chunk))
         ranking = s["scores"] if mass else s["ranking"]

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, size_of
-from sah_transformers.kernels.decode.values import NEVER, sortable, unsortable, wanted_mass
+from sah_transformers.kernels.decode.values import NEVER, line_of, sortable, unsortable, wanted_mass
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
@@ -18,25 +18,30 @@ def candidates_of(p_row, start, K, first_end, last_start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def exact_cut(p_row, K, first_end, last_start, peak, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def exact_cut(
+    p_row, K, first_end, last_start, peak, target, scale, offset, least, most,
+    MASS: tl.constexpr, LOGARITHMIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """(value, last position of the ties at it) of a row's cut, whatever the data.
 
-    The value is the largest ``t`` such that the candidates ``>= t`` number (or hold) at least ``target``; it is found
-    by a 17-way search over the integer form of floats, the position by the same search over positions.
+    The value is the largest ``t`` such that the candidates ``>= t`` number (or hold) at least ``target``; it is known
+    to lie on ``[least, most)`` of the line. A 17-way search over the integer form of floats finds it, and the
+    same search over positions the ties.
     """
     b_low, b_high = tl.full([BLOCK], LARGEST, tl.int32), tl.full([BLOCK], -LARGEST, tl.int32)
-    for start in range(0, K, BLOCK):
+    for start in tl.range(0, K, BLOCK, num_stages=4):
         b_v, o_k, m = candidates_of(p_row, start, K, first_end, last_start, BLOCK)
-        b_i = sortable(b_v)
-        b_low = tl.minimum(b_low, tl.where(m, b_i, LARGEST))
-        b_high = tl.maximum(b_high, tl.where(m, b_i, -LARGEST))
+        b_x = line_of(b_v, scale, offset, LOGARITHMIC)
+        m = m & (b_x >= least) & (b_x < most)
+        b_low = tl.minimum(b_low, tl.where(m, sortable(b_v), LARGEST))
+        b_high = tl.maximum(b_high, tl.where(m, sortable(b_v), -LARGEST))
     low, high = tl.min(b_low).to(tl.int64), tl.max(b_high).to(tl.int64)
     o = tl.arange(0, 16) + 1
     while low < high:
         step = (high - low + 17) // 17
         pivot = tl.minimum(low + step * o, LARGEST).to(tl.int32)
         b_held = tl.zeros([BLOCK, 16], tl.float32 if MASS else tl.int32)
-        for start in range(0, K, BLOCK):
+        for start in tl.range(0, K, BLOCK, num_stages=4):
             b_v, o_k, m = candidates_of(p_row, start, K, first_end, last_start, BLOCK)
             m_pivot = m[:, None] & (sortable(b_v)[:, None] >= pivot[None, :])
             if MASS:
@@ -50,7 +55,7 @@ def exact_cut(p_row, K, first_end, last_start, peak, target, MASS: tl.constexpr,
     tie = K + 0
     if not MASS:
         b_more, b_same = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-        for start in range(0, K, BLOCK):
+        for start in tl.range(0, K, BLOCK, num_stages=4):
             b_v, o_k, m = candidates_of(p_row, start, K, first_end, last_start, BLOCK)
             b_more += (m & (sortable(b_v) > cut)).to(tl.int32)
             b_same += (m & (sortable(b_v) == cut)).to(tl.int32)
@@ -61,7 +66,7 @@ def exact_cut(p_row, K, first_end, last_start, peak, target, MASS: tl.constexpr,
                 step = (end - tie + 17) // 17
                 pivot = tie + step * o - 1
                 b_held = tl.zeros([BLOCK, 16], tl.int32)
-                for start in range(0, K, BLOCK):
+                for start in tl.range(0, K, BLOCK, num_stages=4):
                     b_v, o_k, m = candidates_of(p_row, start, K, first_end, last_start, BLOCK)
                     m = m & (sortable(b_v) == cut)
                     b_held += (m[:, None] & (o_k[:, None] <= pivot[None, :])).to(tl.int32)
@@ -154,7 +159,12 @@ def threshold_kernel(
         kept = tl.where(none, 0, n)
     elif missed:
         p_row = ranking + i_e.to(tl.int64) * (stride * 16)
-        cut, tie = exact_cut(p_row, K, first_end, last_start, peak, goal, KIND == "mass", BLOCK)
+        least = tl.where(want <= 0, BINS * 1.0, tl.where(i_bin < 0, float("-inf"), low))
+        most = tl.where(want <= 0, float("inf"), tl.where(i_bin < 0, 0.0, low + 1))
+        cut, tie = exact_cut(
+            p_row, K, first_end, last_start, peak, goal, scale, offset, least, most,
+            KIND == "mass", KIND == "group", BLOCK,
+        )  # fmt: skip
         scale, offset, low, top = 0.0, 0.0, unsortable(cut), unsortable(cut + 1)
         kept = n
     tl.store(cuts + i_e, scale)

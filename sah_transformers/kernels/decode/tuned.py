@@ -3,7 +3,7 @@ at run time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 2
     samples: int = 512
-    slice: int = 128
-    sample_warps: int = 16
+    slice: int = 64
+    sample_stages: int = 4
+    sample_warps: int = 8
     bins: int = 1024
     listed: int = 64
     histogram_chunk: int = 1024
@@ -35,11 +36,11 @@ class Tuning:
     gather_warps: int = 1
     gather_registers: int | None = 128
     rows: int = 32
-    stream_tile: int = 64
+    stream_tile: int = 128
     stream_warps: int = 4
-    stream_stages: int = 2
+    stream_stages: int = 1
     parts: int = 64
-    combine_warps: int = 8
+    combine_warps: int = 4
     band_tile: int = 64
     band_programs: int = 128
     band_warps: int = 4
@@ -47,25 +48,23 @@ class Tuning:
 
 def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
     """Parameters for a kind of stack, bytes per element, padded head dimension and number of keys."""
-    if keys <= 4096:
-        bins, listed = 256, 64
-    elif keys <= 2**18:
-        bins, listed = 1024, 64
-    else:
-        bins, listed = 2048, 128
+    bins, listed = (256, 64) if keys <= 4096 else (1024, 64) if keys <= 2**18 else (2048, 128)
     wide = itemsize * dim
-    tile = max(16, min(128, 128 * 256 // wide)) if itemsize == 2 else max(16, min(64, 64 * 256 // wide))
     slim = max(16, min(64, 64 * 256 // wide))
-    return Tuning(
-        tile=tile,
-        samples=512 if kind == "best" else 1024,
-        slice=max(16, min(128, 128 * 256 // wide)),
+    tuning = Tuning(
+        tile=max(16, min(128, 128 * 256 // wide)) if itemsize == 2 else slim,
+        slice=slim,
         bins=bins,
         listed=listed,
-        rows=max(16 if kind == "group" else 8, min(32, 32 * 256 // wide)),
+        rows=max(8, min(32, 32 * 256 // wide)),
+        stream_tile=max(16, min(128, 128 * 256 // wide)),
         parts=max(16, min(64, 64 * 128 // dim)),
-        gather_programs=512 if kind == "group" else 2048,
-        gather_warps=4 if kind == "group" else 1,
-        stream_tile=slim,
         band_tile=slim,
     )
+    if kind == "group":
+        return replace(
+            tuning, samples=1024, sample_warps=16, chunk=2048, gather_programs=512, gather_warps=4, rows=slim
+        )
+    if kind == "mass":
+        return replace(tuning, samples=2048, sample_warps=16, bins=2 * bins)
+    return tuning

@@ -26,6 +26,9 @@ DEVIATIONS = 4.0
 SAMPLE_STRIDE = 32
 """One key of this many is sampled."""
 
+LEAST_SAMPLE = 512
+"""Keys that are sampled at least, where a sample is that large for the dtype."""
+
 ALWAYS_LISTED = 1024
 """Rows with at most this many candidates list them all."""
 
@@ -36,7 +39,7 @@ class Tiles:
 
     Attributes:
         attend, emit, bracket: rows, keys per tile, warps, stages (``bracket``: keys per sample).
-        settle: rows, keys, warps, bits per pass.
+        settle: rows, keys per tile, warps, pivots per pass.
     """
 
     attend: tuple[int, int, int, int]
@@ -49,12 +52,12 @@ def tiles_for(dtype: torch.dtype, dim: int) -> Tiles:
     """The measured block shapes; ``dim`` is the larger head dimension, padded to a power of two."""
     if dtype == torch.float32:
         keys = 32 if dim <= 128 else 16
-        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, 128 if dim <= 128 else 64, 4, 1), (16, 16, 4, 4))
+        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, 128 if dim <= 128 else 64, 4, 1), (16, 16, 4, 16))
     if dim <= 64:
-        return Tiles((128, 64, 4, 3), (128, 128, 8, 3), (64, 512, 8, 1), (16, 64, 8, 4))
+        return Tiles((128, 64, 4, 3), (128, 128, 8, 3), (64, 256, 4, 1), (16, 128, 16, 16))
     if dim <= 128:
-        return Tiles((64, 64, 4, 3), (128, 128, 8, 2), (64, 512, 8, 1), (16, 64, 8, 4))
-    return Tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 256, 8, 1), (16, 64, 4, 4))
+        return Tiles((64, 64, 4, 3), (128, 128, 8, 2), (64, 256, 4, 1), (16, 128, 16, 16))
+    return Tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 256, 4, 1), (16, 64, 8, 16))
 
 
 def padded(dim: int) -> int:
@@ -157,18 +160,18 @@ def find_cuts(
             part.rows, *where, part.capacity, **shape, BM=block, BN=step, **flags, BRACKET=part.chunks > 0,
             ASM=queries.is_cuda, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        listed = triton.next_power_of_2(part.capacity)
-        select_kernel[(part.rows, batch * heads)](
+        listed = max(64, triton.next_power_of_2(part.capacity))
+        select_kernel[(triton.cdiv(part.rows, 4), batch * heads)](
             scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, cuts, needs, tied, waiting,
             queue, start, part.rows, rows, total, *stack.before.arguments(), *budget, part.capacity, attend_tiles,
-            BC=listed, TILE=attend_rows, **flags,
-            **ranks, BRACKET=part.chunks > 0, num_warps=min(8, max(1, listed // 256)), num_stages=1,
+            BC=listed, BR=4, TILE=attend_rows, **flags,
+            **ranks, BRACKET=part.chunks > 0, num_warps=4, num_stages=1,
         )  # fmt: skip
         start += part.rows
-    block, step, warps, bits = tiles.settle
+    block, step, warps, pivots = tiles.settle
     settle_kernel[(triton.cdiv(rows, block), batch * heads)](
         queries, keys, cuts, needs, tied, waiting, queue, *where, *budget, attend_tiles, **shape, BM=block, BN=step,
-        BITS=bits, TILE=attend_rows, **flags, **ranks, num_warps=warps, num_stages=2,
+        PIVOTS=pivots, TILE=attend_rows, **flags, **ranks, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return cuts, needs, tied
 
@@ -221,7 +224,7 @@ class Part:
         if seen <= ALWAYS_LISTED:
             return cls(rows, 0, triton.cdiv(seen, 32) * 8 + 2 * slack, seen)
         sample = tiles.bracket[1]
-        chunks = max(1, min(8, seen // (SAMPLE_STRIDE * sample)))
+        chunks = max(1, LEAST_SAMPLE // sample, min(16, seen // (SAMPLE_STRIDE * sample)))
         share = min(1.0, most(stack.best.budget, seen) / seen)
         deviation = math.sqrt(max(share * (1 - share), 1 / sample) / (chunks * sample))
         inside = (2 * DEVIATIONS + 5.0) * deviation + 3 / sample + 0.01

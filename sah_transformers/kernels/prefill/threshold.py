@@ -60,8 +60,9 @@ def bracket_kernel(
         total = chunks * BS
         b_p = tl.minimum(b_k.to(tl.float32) / tl.maximum(b_c, 1).to(tl.float32), 1.0)
         b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0
-        b_below = tl.ceil(b_p * BS + b_spread)  # this many of a chunk should be at or above low
-        b_above = tl.floor(b_p * BS - b_spread)  # at most this many should be above high
+        b_skew = (deviations * deviations - 1.0) * (1.0 - 2.0 * b_p) * BS / (6.0 * total)  # of the binomial's tails
+        b_below = tl.ceil(b_p * BS + b_spread + b_skew)  # this many of a chunk should be at or above low
+        b_above = tl.floor(b_p * BS - b_spread + b_skew)  # at most this many should be above high
         b_lows = tl.zeros([BM], tl.float32)
         b_highs = tl.zeros([BM], tl.float32)
         for i_c in range(chunks):
@@ -95,50 +96,59 @@ def bracket_kernel(
 
 
 @triton.jit
-def write_between(b_s, b_low, b_high, p_list, b_end, b_reached, BM: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr):
-    """Write the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the ends of the rows' four lists, ``b_end`` bytes
-    from ``p_list`` (below 2 GiB).
+def write_between(
+    b_s, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM: tl.constexpr, SIZE: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Append the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the rows' four lists.
 
-    A quarter of a row is what one thread holds of it in a matrix unit's result: no thread waits for another. A
-    ``tl.store`` would first move every score to another thread, so the store is written out (ASM; False for the
-    interpreter).
+    A quarter of a row is what one thread holds of it in a matrix unit's result: no thread waits for another. Stores
+    are the cost, so the last three scores wait in registers and four are stored together: of a row's lists, bytes
+    ``64 i + 16 quarter + (0..15)`` hold scores 4i to 4i + 3. ``b_end``: byte 64 i + 16 j for a count of 4i + j. In
+    Triton's words every score would first move to another thread, hence the assembler (not for the interpreter).
     """
     if SIZE == 1:
         b_x = tl.reshape(b_s, [BM, 4])
         if ASM:
-            b_end, b_reached = tl.inline_asm_elementwise(
-                """{ .reg .pred p, r; .reg .b64 a;
-                setp.ge.f32 r, $2, $3;
-                setp.le.and.f32 p, $2, $4, r;
-                cvt.u64.u32 a, $5;
-                add.u64 a, a, $7;
-                @p st.global.f32 [a], $2;
-                mov.b32 $0, $5;
+            b_end, b_reached, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+                """{ .reg .pred p, r, w; .reg .b64 a; .reg .b32 t;
+                setp.ge.f32 r, $5, $6;
+                setp.le.and.f32 p, $5, $7, r;
+                mov.b32 $0, $8;
                 @p add.s32 $0, $0, 16;
-                mov.b32 $1, $6;
-                @r add.s32 $1, $1, 1; }""",
-                "=&r,=&r,f,f,f,r,r,l",
-                [b_x, b_low, b_high, b_end, b_reached, p_list.to(tl.int64)],
-                dtype=(tl.int32, tl.int32),
+                and.b32 t, $0, 48;
+                setp.eq.and.s32 w, t, 0, p;
+                cvt.u64.u32 a, $0;
+                add.u64 a, a, $13;
+                @w st.global.v4.f32 [a + -64], {$5, $10, $11, $12};
+                mov.b32 $1, $9;
+                @r add.s32 $1, $1, 1;
+                mov.b32 $2, $10; mov.b32 $3, $11; mov.b32 $4, $12;
+                @p mov.b32 $4, $11; @p mov.b32 $3, $10; @p mov.b32 $2, $5; }""",
+                "=&r,=&r,=&f,=&f,=&f,f,f,f,r,r,f,f,f,l",
+                [b_x, b_low, b_high, b_end, b_reached, b_1, b_2, b_3, p_list.to(tl.int64)],
+                dtype=(tl.int32, tl.int32, tl.float32, tl.float32, tl.float32),
                 is_pure=False,
                 pack=1,
             )
         else:
             m_x = (b_x >= b_low) & (b_x <= b_high)
-            tl.store(p_list + b_end // 4, b_x, mask=m_x)
+            tl.store(p_list + b_end // 64 * 16 + b_end // 16 % 4, b_x, mask=m_x)
             b_end += m_x.to(tl.int32) * 16
             b_reached += (b_x >= b_low).to(tl.int32)
-        return b_end, b_reached
+        return b_end, b_reached, b_1, b_2, b_3
     else:
         b_left, b_right = tl.split(tl.reshape(b_s, [BM, 4, SIZE // 2, 2]))
-        b_end, b_reached = write_between(b_left, b_low, b_high, p_list, b_end, b_reached, BM, SIZE // 2, ASM)
-        return write_between(b_right, b_low, b_high, p_list, b_end, b_reached, BM, SIZE // 2, ASM)
+        b_end, b_reached, b_1, b_2, b_3 = write_between(
+            b_left, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM, SIZE // 2, ASM
+        )
+        return write_between(b_right, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM, SIZE // 2, ASM)
 
 
 @triton.jit
 def emit_tiles(
-    b_end, b_reached, b_lost, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, i_first, i_last, K, stride_k,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, i_first,
+    i_last, K, stride_k, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
@@ -157,8 +167,10 @@ def emit_tiles(
         b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
         b_over = tl.maximum(b_end - b_full, 0)
         b_lost += b_over
-        b_end, b_reached = write_between(b_s, b_low, b_high, p_list, b_end - b_over, b_reached, BM, BN // 4, ASM)
-    return b_end, b_reached, b_lost
+        b_end, b_reached, b_1, b_2, b_3 = write_between(
+            b_s, b_low, b_high, p_list, b_end - b_over, b_reached, b_1, b_2, b_3, BM, BN // 4, ASM
+        )
+    return b_end, b_reached, b_lost, b_1, b_2, b_3
 
 
 @triton.jit
@@ -172,7 +184,7 @@ def emit_kernel(
 ):  # fmt: skip
     """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
 
-    ``lists`` ``[B*H, rows, capacity, 4]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
+    ``lists`` ``[B*H, rows, capacity * 4]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
     the bracket (negative where the list was too short) and how many at or above its lower end.
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -193,7 +205,8 @@ def emit_kernel(
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
     o_l = tl.arange(0, 4)
     o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
-    b_first = (((i_bh * rows + o_r)[:, None] * capacity * 4 + o_l[None, :]) * 4).to(tl.int32)
+    p_list = lists + o_l[None, :] * 4
+    b_first = ((i_bh * rows + o_r)[:, None] * capacity * 16 + o_l[None, :] * 0).to(tl.int32)
     b_full = b_first + (capacity - BN // 4) * 16
     b_end = b_first
     begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
@@ -205,18 +218,27 @@ def emit_kernel(
     inner_end = tl.maximum(inner_end, inner)
     b_reached = tl.zeros([BM, 4], tl.int32)
     b_lost = tl.zeros([BM, 4], tl.int32)
-    b_end, b_reached, b_lost = emit_tiles(
-        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, begin, inner, K, stride_kk,
-        D, BD, BM, BN, True, PRECISION, ASM,
+    b_1 = tl.zeros([BM, 4], tl.float32)
+    b_2 = tl.zeros([BM, 4], tl.float32)
+    b_3 = tl.zeros([BM, 4], tl.float32)
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, begin, inner,
+        K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
     )  # fmt: skip
-    b_end, b_reached, b_lost = emit_tiles(
-        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, inner, inner_end, K, stride_kk,
-        D, BD, BM, BN, False, PRECISION, ASM,
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, inner, inner_end,
+        K, stride_kk, D, BD, BM, BN, False, PRECISION, ASM,
     )  # fmt: skip
-    b_end, b_reached, b_lost = emit_tiles(
-        b_end, b_reached, b_lost, b_q, p_k, lists, b_full, b_low, b_high, b_stop, b_start, inner_end, end, K, stride_kk,
-        D, BD, BM, BN, True, PRECISION, ASM,
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, inner_end, end,
+        K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
     )  # fmt: skip
+    if ASM:  # the scores that still wait
+        b_wait = tl.where(m_r[:, None], b_end // 16 % 4, 0)
+        p_last = p_list + b_end // 64 * 16
+        tl.store(p_last, b_1, mask=b_wait > 0)
+        tl.store(p_last + 1, b_2, mask=b_wait > 1)
+        tl.store(p_last + 2, b_3, mask=b_wait > 2)
     b_count = (b_end - b_first + b_lost) // 16
     tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
     tl.store(list_reached + o_c, b_reached, mask=m_r[:, None])
@@ -236,76 +258,92 @@ def restored(b_i):
 
 
 @triton.jit
-def search(p_list, b_count, inside, wanted, BC: tl.constexpr):
-    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots."""
-    o_c = tl.arange(0, BC)
-    m_c = o_c[:, None] < b_count[None, :]
-    b_s = tl.load(p_list + o_c[:, None] * 4 + tl.arange(0, 4)[None, :], mask=m_c, other=0.0)
-    b_x = tl.where(m_c, ordered(b_s), -2147483648)
-    low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 1), 0).to(tl.int64)
-    high = tl.max(tl.max(b_x, 1), 0).to(tl.int64) + 1
-    at_low, at_high = inside, inside * 0  # at or above low: enough; at or above high: too few
-    aside = 0.0
+def search(p_list, p_count, m_r, b_inside, b_wanted, BC: tl.constexpr, BR: tl.constexpr):
+    """(cut, need) of the ``wanted`` best in the lists of BR rows, by counting at interpolated pivots.
+
+    Shaped ``[BC / 32, BR, 128]`` so that one warp holds one row.
+    """
+    o_j = tl.arange(0, BC // 32)[:, None, None]
+    o_i = tl.arange(0, 128)[None, None, :]
+    b_length = tl.load(p_count[None, :, None] + o_i // 4 % 4, mask=m_r[None, :, None], other=0)
+    m_c = (o_j * 32 + o_i // 16 * 4 + o_i % 4) < b_length
+    b_x = ordered(tl.load(p_list[None, :, None] + o_j * 128 + o_i, mask=m_c, other=0.0))
+    b_low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 0), 1).to(tl.int64)
+    b_x = tl.where(m_c, b_x, -2147483648)
+    b_high = tl.max(tl.max(b_x, 0), 1).to(tl.int64) + 1
+    b_at_low, b_at_high = b_inside, b_inside * 0  # at or above low: enough; at or above high: too few
+    b_aside = b_inside.to(tl.float32) * 0.0
+    m_open = m_r & (b_high - b_low > 1) & (b_at_low != b_wanted)
     step = 0
-    while (high - low > 1) & (at_low != wanted):
-        left = (at_low - at_high).to(tl.float32)
-        share = ((at_low - wanted).to(tl.float32) + aside * tl.sqrt(left)) / left
-        share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
-        middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
-        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        count = tl.sum(tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 1), 0)
-        enough = count >= wanted
-        low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, count, at_low)
-        high = tl.where(enough, high, middle)
-        at_high = tl.where(enough, at_high, count)
-        aside = tl.where(enough, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
+    while tl.max(m_open.to(tl.int32), 0) > 0:
+        b_left = tl.maximum(b_at_low - b_at_high, 1).to(tl.float32)
+        b_share = ((b_at_low - b_wanted).to(tl.float32) + b_aside * tl.sqrt(b_left)) / b_left
+        b_share = tl.where((step >= 8) & (step % 2 == 0), 0.5, b_share)  # whatever the values: the range is halved
+        b_middle = b_low + ((b_high - b_low).to(tl.float32) * b_share).to(tl.int64)
+        b_middle = tl.minimum(tl.maximum(b_middle, b_low + 1), b_high - 1)
+        m_above = b_x >= b_middle.to(tl.int32)[None, :, None]
+        b_count = tl.sum(tl.sum(m_above.to(tl.int32), 0), 1)
+        m_low, m_high = m_open & (b_count >= b_wanted), m_open & (b_count < b_wanted)
+        b_low = tl.where(m_low, b_middle, b_low)
+        b_at_low = tl.where(m_low, b_count, b_at_low)
+        b_high = tl.where(m_high, b_middle, b_high)
+        b_at_high = tl.where(m_high, b_count, b_at_high)
+        b_aside = tl.where(m_low, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
+        m_open = m_r & (b_high - b_low > 1) & (b_at_low != b_wanted)
         step += 1
-    return restored(low.to(tl.int32)), tl.where(at_low == wanted, ALL, wanted - at_high)
+    return restored(b_low.to(tl.int32)), tl.where(b_at_low == b_wanted, ALL, b_wanted - b_at_high)
 
 
 @triton.jit
 def select_kernel(
     lows, highs, lists, list_counts, list_reached, cuts, needs, tied, waiting, queue,
     i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity, tiles,
-    BC: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
     LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
 ):  # fmt: skip
-    """One program: the cut of one row from its lists; rows that the lists cannot decide join the queue."""
-    i_r = tl.program_id(0)
+    """One program: the cuts of BR rows from their lists; rows that the lists cannot decide join the queue.
+
+    Those leave their bracket to ``settle_kernel``: its low in ``cuts``, the bits of its high in ``needs``.
+    """
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     i_bh = tl.program_id(1).to(tl.int64)
-    i_q = i_first + i_r
-    n = visible_keys(i_q, Q, K, CAUSAL)
-    stop, start = band_bounds(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-    wanted = granted(n, budget, budget_bits, BUDGET_IS_SHARE)
-    cut = tl.full([], float("-inf"), tl.float32)
-    need = n * 0 + ALL
-    if wanted < start - stop:
-        i_row = i_bh * rows + i_r
-        o_l = tl.arange(0, 4)
-        b_count = tl.load(list_counts + i_row * 4 + o_l)
-        inside = tl.sum(tl.abs(b_count), 0)
-        wanted -= tl.sum(tl.load(list_reached + i_row * 4 + o_l), 0) - inside
-        need = n * 0
-        if (wanted > 0) & (wanted <= inside):
-            longest = tl.max(b_count, 0)
-            if tl.min(b_count, 0) < 0:
-                if BRACKET:
-                    value = tl.load(lows + i_row)
-                    if value == tl.load(highs + i_row):  # all of them are equal
-                        cut = value
-                        need = wanted
-            elif longest <= BC // 2:
-                cut, need = search(lists + i_row * capacity * 4, b_count, inside, wanted, BC // 2)
-            else:
-                cut, need = search(lists + i_row * capacity * 4, b_count, inside, wanted, BC)
-        if need == 0:
-            place = tl.atomic_add(waiting + i_bh, 1, sem="relaxed")
-            tl.store(queue + i_bh * Q + place, i_q)
-        elif need != ALL:
-            tl.store(tied + i_bh * tiles + i_q // TILE, 1)
-    tl.store(cuts + i_bh * Q + i_q, cut)
-    tl.store(needs + i_bh * Q + i_q, need)
+    m_r = o_r < rows
+    o_q = i_first + o_r
+    b_n = visible_keys(o_q, Q, K, CAUSAL)
+    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_wanted = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
+    m_r = m_r & (b_wanted < b_start - b_stop)
+    o_l = tl.arange(0, 4)
+    i_row = i_bh * rows + o_r
+    p_count = list_counts + i_row * 4
+    b_count = tl.load(p_count[:, None] + o_l[None, :], mask=m_r[:, None], other=0)
+    b_reached = tl.load((list_reached + i_row * 4)[:, None] + o_l[None, :], mask=m_r[:, None], other=0)
+    b_inside = tl.sum(tl.abs(b_count), 1)
+    b_wanted -= tl.sum(b_reached, 1) - b_inside
+    m_short = tl.min(b_count, 1) < 0
+    m_known = m_r & (b_wanted > 0) & (b_wanted <= b_inside)
+    m_search = m_known & ~m_short
+    p_list = lists + i_row * capacity * 4
+    if tl.max(tl.max(b_count, 1), 0) <= BC // 2:
+        b_cut, b_need = search(p_list, p_count, m_search, b_inside, b_wanted, BC // 2, BR)
+    else:
+        b_cut, b_need = search(p_list, p_count, m_search, b_inside, b_wanted, BC, BR)
+    b_low = b_cut * 0.0 + SMALLEST
+    b_high = b_cut * 0.0 + float("inf")
+    if BRACKET:
+        b_low = tl.load(lows + i_row, mask=m_r, other=0.0)
+        b_high = tl.load(highs + i_row, mask=m_r, other=0.0)
+    m_equal = m_known & m_short & (b_low == b_high)
+    b_cut = tl.where(m_search, b_cut, b_low)
+    b_need = tl.where(m_search, b_need, tl.where(m_equal, b_wanted, b_high.to(tl.int32, bitcast=True)))
+    m_miss = m_r & ~m_search & ~m_equal
+    b_cut = tl.where(m_r, b_cut, float("-inf"))
+    b_need = tl.where(m_r, b_need, ALL)
+    b_place = tl.atomic_add(waiting + i_bh + o_r * 0, 1, mask=m_miss, sem="relaxed")
+    tl.store(queue + i_bh * Q + b_place, o_q, mask=m_miss)
+    tl.store(tied + i_bh * tiles + o_q // TILE, b_need * 0 + 1, mask=m_r & ~m_miss & (b_need != ALL))
+    tl.store(cuts + i_bh * Q + o_q, b_cut, mask=o_r < rows)
+    tl.store(needs + i_bh * Q + o_q, b_need, mask=o_r < rows)
 
 
 @triton.jit
@@ -313,13 +351,14 @@ def settle_kernel(
     q, k, cuts, needs, tied, waiting, queue,
     H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
     first, first_bits, last, last_bits, budget, budget_bits, tiles,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIVOTS: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head's queue; does nothing where the queue is shorter.
 
-    The cut is found BITS bits at a time, each time by a pass that counts the candidates at or above 2**BITS pivots.
+    Each pass counts the candidates at or above PIVOTS pivots: first around the bracket that missed, then evenly
+    between the two that enclose the cut, in the integers of the same order as the scores.
     """
     i_bh = tl.program_id(1).to(tl.int64)
     length = tl.load(waiting + i_bh)
@@ -336,26 +375,37 @@ def settle_kernel(
         begin = tl.min(tl.where(m_i, b_stop, 2147483647), 0) // BN * BN
         end = tl.max(tl.where(m_i, b_start, 0), 0)
         o_n = tl.arange(0, BN)
-        PIVOTS: tl.constexpr = 2**BITS
-        o_p = tl.arange(0, PIVOTS)
-        b_base = tl.full([BM], -2147483648, tl.int32)
-        b_more = tl.zeros([BM], tl.int32)  # candidates above everything that starts with the base
-        for i_pass in range(32 // BITS):
-            width = 1 << (32 - BITS - i_pass * BITS)
-            b_pivots = b_base[:, None, None] + o_p[None, None, :] * width
+        o_p = tl.arange(0, PIVOTS)[None, :]
+        b_from = tl.load(cuts + i_bh * Q + o_q, mask=m_i, other=0.0)
+        b_to = tl.load(needs + i_bh * Q + o_q, mask=m_i, other=0).to(tl.float32, bitcast=True)
+        b_width = (b_to - b_from) * (3.0 / (PIVOTS - 1))  # inf where the bracket is open
+        b_pivots = ordered(tl.minimum((b_from - (b_to - b_from))[:, None] + b_width[:, None] * o_p, 3.4e38))
+        b_pivots = tl.where(b_width[:, None] < 1e37, b_pivots, ordered(b_from)[:, None] + o_p * 0)
+        b_low = tl.full([BM], -2147483648, tl.int64)  # at or above low: enough candidates
+        b_high = tl.full([BM], 2147483647, tl.int64)  # at or above high: too few
+        b_at_low = b_start - b_stop
+        b_at_high = b_n * 0
+        m_open = m_i
+        while tl.max(m_open.to(tl.int32), 0) > 0:
             b_counts = tl.zeros([BM, BN, PIVOTS], tl.int32)
             for i_n in range(begin, end, BN):
                 o_k = i_n + o_n
                 b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
                 b_x = ordered(products(b_q, b_k, PRECISION))
                 m_x = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
-                b_x = tl.where(m_x, b_x, -2147483648)  # a score of no key: at or above the first pivot only
-                b_counts += (b_x[:, :, None] >= b_pivots).to(tl.int32)
-            b_totals = tl.sum(b_counts, 1)
-            b_bits = tl.sum(((b_totals >= b_wanted[:, None]) & (o_p[None, :] > 0)).to(tl.int32), 1)
-            b_next = tl.sum(tl.where(o_p[None, :] == b_bits[:, None] + 1, b_totals, 0), 1)
-            b_more = tl.where(b_bits + 1 < PIVOTS, b_next, b_more)
-            b_base += b_bits * width
-        tl.store(cuts + i_bh * Q + o_q, restored(b_base), mask=m_i)
-        tl.store(needs + i_bh * Q + o_q, b_wanted - b_more, mask=m_i)
-        tl.store(tied + i_bh * tiles + o_q // TILE, b_more * 0 + 1, mask=m_i)
+                b_x = tl.where(m_x, b_x, -2147483648)
+                b_counts += (b_x[:, :, None] >= b_pivots[:, None, :]).to(tl.int32)
+            b_totals = tl.where(b_pivots > -2147483648, tl.sum(b_counts, 1), b_at_low[:, None])
+            b_wide = b_pivots.to(tl.int64)
+            m_low = m_open[:, None] & (b_totals >= b_wanted[:, None]) & (b_wide > b_low[:, None])
+            m_high = m_open[:, None] & (b_totals < b_wanted[:, None]) & (b_wide < b_high[:, None])
+            b_low = tl.maximum(b_low, tl.max(tl.where(m_low, b_wide, -2147483648), 1))
+            b_high = tl.minimum(b_high, tl.min(tl.where(m_high, b_wide, 2147483647), 1))
+            b_at_low = tl.minimum(b_at_low, tl.min(tl.where(m_low, b_totals, 2147483647), 1))
+            b_at_high = tl.maximum(b_at_high, tl.max(tl.where(m_high, b_totals, 0), 1))
+            m_open = m_i & (b_high - b_low > 1) & (b_at_low != b_wanted)
+            b_pivots = (b_low[:, None] + (b_high - b_low)[:, None] * (o_p + 1) // (PIVOTS + 1)).to(tl.int32)
+        b_need = tl.where(b_at_low == b_wanted, ALL, b_wanted - b_at_high)
+        tl.store(cuts + i_bh * Q + o_q, restored(b_low.to(tl.int32)), mask=m_i)
+        tl.store(needs + i_bh * Q + o_q, b_need, mask=m_i)
+        tl.store(tied + i_bh * tiles + o_q // TILE, b_need * 0 + 1, mask=m_i & (b_need != ALL))

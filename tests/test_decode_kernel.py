@@ -1,0 +1,357 @@
+"""The decode kernels against the reference: the same tests in Triton's interpreter and on a GPU.
+
+Without a GPU `test_in_the_interpreter` runs this file again in a process of its own, where `TRITON_INTERPRET` is set
+before the kernels are imported. Scratch and outputs are filled with NaN before use.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sah_transformers.attention import make_call, run
+from sah_transformers.kernels.decode import decode, why_not
+from sah_transformers.kernels.masked_attention import masked_attention
+from sah_transformers.maskers import MaskerRegistry
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
+gpu_test = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    if GPU:
+        from sah_transformers.kernels.decode import kernel
+
+        monkeypatch.setattr(kernel, "POISON", True)
+
+
+def sink(size=16):
+    return {"type": "sink", "sink_size": size}
+
+
+def local(size=20):
+    return {"type": "local", "window_size": size}
+
+
+def top_k(size=0.05, **options):
+    return {"type": "oracle_top_k", "heavy_size": size, **options}
+
+
+def top_p(share=0.9, **options):
+    return {"type": "oracle_top_p", "top_p": share, **options}
+
+
+def tensors(B=1, H=4, G=2, Q=1, K=300, D=32, Dv=None, dtype=torch.float32, data="normal", seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32)
+
+    q, k, v = normal(B, H, Q, D), normal(B, G, K, D), normal(B, G, K, Dv or D)
+    if data == "constant":
+        k = k[:, :, :1].expand_as(k).clone()
+    elif data == "duplicates":
+        k = k[:, :, torch.randint(0, 5, (K,), generator=generator, device=DEVICE)]
+    elif data == "zero queries":
+        q = q * 0
+    elif data == "signed zeros":
+        q, k = q * 0, k.sign()
+    elif data == "whole numbers":
+        q, k = q.round().clamp(-1, 1), k.round().clamp(-1, 1)
+    elif data == "huge":
+        q, k = q * 30, k * 30
+    elif data == "tiny":
+        q, k = q * 1e-3, k * 1e-3
+    elif data == "one heavy":
+        k[:, :, K // 2] += 5 * q[:, :: H // G, 0]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def call_of(stack, q, k, v, **options):
+    return make_call(q, k, v, [MaskerRegistry.create_masker(config) for config in stack], **options)
+
+
+def eager(call, active):
+    """Attention over ``active`` keys as eager PyTorch computes it in the tensors' dtype."""
+    q, k, v = call.queries, call.keys, call.values
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    scores = (q @ k.mT) * call.context.scaling
+    if call.context.softcap is not None:
+        scores = call.context.softcap * torch.tanh(scores / call.context.softcap)
+    scores = scores.masked_fill(~active, float("-inf"))
+    if call.sinks is not None:
+        scores = torch.cat([scores, call.sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)[..., : active.shape[-1]]
+    weights = weights.masked_fill(~active.any(-1, keepdim=True), 0.0)
+    return (weights @ v).transpose(1, 2)
+
+
+def check(call):
+    """At most twice the error of eager PyTorch plus one rounding, against float64 over the reference's selection."""
+    assert why_not(call) == ""
+    out = decode(call)
+    masks = []
+    run(call, masks=masks)
+    visible, bias = call.visibility.block(0, call.shape[2])
+    rows = call.rows(0, call.shape[2], call.queries.double(), call.keys.double(), call.values.double())
+    sinks = call.block_sinks(0, call.shape[2])
+    truth, _ = masked_attention(rows.scores(), rows.values, masks[0], visible, sinks)
+    active = masks[0].active().expand(call.shape)
+    active = active if visible is None else active & visible
+    ordinary = (eager(call, active).double() - truth).abs().max()
+    error = (out.double() - truth).abs().max()
+    rounding = torch.finfo(out.dtype).eps * truth.abs().max()
+    assert out.shape == truth.shape
+    assert error <= 2 * (ordinary + rounding), (error.item(), ordinary.item(), rounding.item())
+    return out
+
+
+BASE = [sink(), local()]
+STACKS = {
+    "sink local": BASE,
+    "window of a share": [local(0.3)],
+    "top k": [*BASE, top_k()],
+    "top k alone": [top_k(7)],
+    "top k 1": [sink(1), top_k(1)],
+    "top k most": [sink(4), top_k(0.8)],
+    "top k all": [local(), top_k(1.0)],
+    "top k beyond": [sink(4), top_k(10**6)],
+    "several bands": [sink(3), local(0.1), sink(0.02), local(9), top_k(0.1)],
+    "bands hold all": [sink(0.6), local(0.6), top_k()],
+    "group": [*BASE, top_k(0.05, gqa="group")],
+    "top p": [*BASE, top_p()],
+    "top p total": [*BASE, top_p(0.5, coverage="total")],
+    "top p half": [top_p(0.5)],
+}
+SHAPES = {
+    "one key": {"K": 1},
+    "few keys": {"K": 17},
+    "one tile": {"K": 128},
+    "ragged": {"K": 333},
+    "MQA": {"H": 7, "G": 1, "K": 200},
+    "MHA": {"H": 3, "G": 3, "K": 200},
+    "wide group": {"H": 16, "G": 1, "K": 60},
+    "batch": {"B": 3, "K": 130},
+    "D=80, Dv=48": {"D": 80, "Dv": 48, "K": 150},
+    "D=256": {"D": 256, "Dv": 96, "K": 100, "H": 2, "G": 1},
+    "D=192, Dv=128": {"D": 192, "Dv": 128, "K": 100, "H": 2, "G": 2},
+}
+TIES = ["constant", "duplicates", "zero queries", "signed zeros", "whole numbers"]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+SCORED = ["top k", "group", "top p"]
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_stacks(stack, dtype):
+    check(call_of(stack, *tensors(dtype=dtype)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, stack):
+    if not GPU and stack in ("group", "top p") and shape not in (SHAPES["ragged"], SHAPES["MQA"], SHAPES["one key"]):
+        pytest.skip("on a GPU only: the interpreter is slow")
+    check(call_of(STACKS[stack], *tensors(**shape)))
+
+
+@kernel_test
+@pytest.mark.parametrize("data", [*TIES, "huge", "tiny", "one heavy"])
+@pytest.mark.parametrize("stack", SCORED)
+def test_data(stack, data):
+    """Ties at the cut go to the lower position, whether or not the bracket can tell the keys apart."""
+    if stack == "group" and data == "tiny":
+        pytest.skip("sums of softmax weights that differ by less than their rounding")
+    check(call_of(STACKS[stack], *tensors(data=data, K=260)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_several_queries(stack, rows):
+    """Each row sees the keys up to its own."""
+    check(call_of(STACKS[stack], *tensors(Q=rows, K=150)))
+
+
+def left_padding(K, *padded):
+    return torch.arange(K, device=DEVICE)[None] >= torch.tensor(padded, device=DEVICE)[:, None]
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+def test_left_padding(stack):
+    """A padded sequence has the result of the sequence alone; padding holds NaN."""
+    q, k, v = tensors(B=3, K=150)
+    padded = [0, 37, 149]
+    out = check(call_of(STACKS[stack], q, k, v, attention_mask=left_padding(150, *padded)))
+    for b, start in enumerate(padded):
+        alone = decode(call_of(STACKS[stack], q[b : b + 1], k[b : b + 1, :, start:], v[b : b + 1, :, start:]))
+        torch.testing.assert_close(out[b : b + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@kernel_test
+def test_masks():
+    """Holes, a row that sees nothing, a static cache with an unused tail, several rows."""
+    q, k, v = tensors(B=2, Q=3, K=100)
+    holes = torch.rand(2, 1, 3, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    holes[1, 0, 1] = False
+    out = check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=holes, is_causal=False))
+    assert not out[1, 1].any()
+    used = torch.ones(3, 100, dtype=torch.bool, device=DEVICE).tril(57).expand(2, 1, 3, 100)
+    check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=used, is_causal=False))
+    check(call_of([sink(3), local(4)], q, k, v, attention_mask=holes))
+    check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=holes, min_keys=61))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+def test_softcap_and_sinks(stack):
+    q, k, v = tensors(K=200)
+    sinks = torch.linspace(-3, 5, 4, device=DEVICE)
+    check(call_of(STACKS[stack], q * 4, k, v, softcap=3.0, sinks=sinks, scaling=0.3))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+def test_strided_caches(stack):
+    """Caches are read where they lie: sliced, and with the heads inside; what is outside the slice is NaN."""
+    q, k, v = tensors(K=150)
+    nan = torch.full((1, 2, 400, 40), float("nan"), device=DEVICE)
+    wide = nan.clone()
+    wide[:, :, 100:250, 3:35] = k
+    inside = torch.full((1, 170, 2, 32), float("nan"), device=DEVICE).transpose(1, 2)
+    inside[:, :, 9:159] = v
+    call = call_of(STACKS[stack], q, wide[:, :, 100:250, 3:35], inside[:, :, 9:159])
+    torch.testing.assert_close(check(call), decode(call_of(STACKS[stack], q, k, v)), rtol=1e-6, atol=1e-6)
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", SCORED)
+def test_two_runs_give_the_same_bits(stack):
+    call = call_of(STACKS[stack], *tensors(K=400))
+    assert torch.equal(decode(call), decode(call))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_why_not():
+    """Every refusal has a reason of its own, and ``decode`` raises with it."""
+    q, k, v = tensors(K=40)
+    stack = [top_k(4)]
+    whole = {"attention_mask": torch.zeros(1, 1, 1, 40, device=DEVICE), "is_causal": False}
+    if not GPU and not INTERPRETED:
+        assert "CUDA" in why_not(call_of(stack, q, k, v))
+        return
+    reasons = [
+        why_not(call_of(stack, q.double(), k.double(), v.double())),
+        why_not(call_of(stack, *tensors(Q=17, K=40))),
+        why_not(call_of(stack, *tensors(D=264, K=40))),
+        why_not(call_of(stack, q, k, v, dropout=0.1)),
+        why_not(call_of(stack, q, k, v, **whole)),
+        why_not(call_of(stack, q.clone().requires_grad_(), k, v)),
+        why_not(call_of(stack, q, k, v, min_keys=50)),
+        why_not(call_of([top_k(4), sink()], q, k, v)),
+        why_not(call_of([{"type": "causal"}], q, k, v)),
+        why_not(call_of([top_p(0.9, gqa="group")], q, k, v)),
+        why_not(call_of([top_p(1.0)], q, k, v)),
+        why_not(call_of([], q, k, v)),
+        why_not(call_of(stack, q, k.mT.contiguous().mT, v)),
+    ]
+    assert all(reasons), reasons
+    assert len(set(reasons)) == len(reasons)
+    with pytest.raises(ValueError, match="previous mask|dropout"):
+        decode(call_of(stack, q, k, v, dropout=0.1))
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["normal", *TIES, "huge", "one heavy"])
+@pytest.mark.parametrize("stack", ["top k", "top k most", "group", "top p", "top p total"])
+def test_long(stack, data):
+    """Selection at length: nearly uniform weights, where one wrong key in thousands shows."""
+    q, k, v = tensors(H=8, G=2, K=40_000, D=64, data=data)
+    q = q * 0.02 if data == "normal" and "top p" not in stack else q
+    call = call_of(STACKS[stack], q, k, v)
+    out, truth = decode(call), run(call)[0]
+    close = (out - truth).abs().amax(-1) <= 2e-5 * truth.abs().max()
+    assert close.sum() >= close.numel() - (1 if "top p" in stack else 0)
+    assert torch.equal(out, decode(call))
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 4), (6, 2), (8, 2), (7, 1), (8, 1), (16, 1), (32, 1)], ids=str)
+def test_groups_and_dtypes(heads, dtype):
+    for stack in ("sink local", *SCORED):
+        for dim in (16, 64, 96):
+            check(call_of(STACKS[stack], *tensors(H=heads[0], G=heads[1], K=1500, D=dim, dtype=dtype)))
+
+
+@gpu_test
+@pytest.mark.gpu
+def test_a_million_keys():
+    """Offsets beyond 2**31 elements; a cut among 50 thousand."""
+    q, k, v = tensors(B=1, H=8, G=8, K=2**20, D=256, dtype=torch.bfloat16)
+    for stack in ("sink local", "top k", "top p"):
+        call = call_of(STACKS[stack], q, k, v)
+        out, truth = decode(call), run(call)[0]
+        assert ((out - truth).double().norm() / truth.double().norm()) < 1e-2
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+def test_graph_without_synchronisation(stack):
+    """No call waits for the device; a captured call follows its changed inputs."""
+    q, k, v = tensors(H=8, G=2, K=5000, D=64, dtype=torch.bfloat16)
+    call = call_of(STACKS[stack], q, k, v)
+    decode(call)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(call)
+    for seed in range(1, 4):
+        for old, new in zip((q, k, v), tensors(H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed), strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, decode(call))
+
+
+@gpu_test
+@pytest.mark.gpu
+def test_growing_cache_does_not_recompile():
+    """Steps of a generation share compiled kernels until the length doubles."""
+    from sah_transformers.kernels.decode import kernel
+
+    q, k, v = tensors(H=8, G=2, K=3000, D=64, dtype=torch.bfloat16)
+    kernel.PLANS.clear()
+    for length in range(2100, 2140):
+        call = call_of(STACKS["top k"], q, k[:, :, :length], v[:, :, :length])
+        torch.testing.assert_close(decode(call), run(call)[0], rtol=2e-2, atol=2e-2)
+    assert len(kernel.PLANS) == 1
