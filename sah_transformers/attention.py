@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sah_transformers.config import parse_stack
 from sah_transformers.kernels.decode import HAS_TRITON
 from sah_transformers.kernels.dispatch import fast_attention
 from sah_transformers.kernels.masked_attention import masked_attention
@@ -62,12 +63,15 @@ class Call:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Row ranges that keep the scores of a block within ``BLOCK_ELEMENTS``."""
         batch, heads, rows, keys = self.shape
-        limit = BLOCK_ELEMENTS["cuda" if self.queries.device.type == "cuda" else "cpu"]
+        limit = BLOCK_ELEMENTS["cuda" if self.queries.device.type == "cuda" else "cpu"] / max(1, batch * heads)
         start = 0
         while start < rows:
-            step = max(1, limit // max(1, batch * heads * keys))
-            if self.visibility.is_causal:  # early rows reach fewer keys: take more of them
-                step = max(step, min(512, limit // max(1, batch * heads * self.visibility.reach(start + step))))
+            if self.visibility.is_causal:  # step * reach(start + step) <= limit: early rows reach fewer keys
+                before = start + keys - rows
+                step = int(((before**2 + 4 * limit) ** 0.5 - before) / 2)
+            else:
+                step = int(limit / max(1, keys))
+            step = max(1, step)
             yield start, min(start + step, rows)
             start += step
 
@@ -276,7 +280,11 @@ def sparse_attention(
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
     check_kernel(kernel)
-    stack = [MaskerRegistry.create_masker(masker) for masker in maskers]
+    configs = parse_stack(maskers, "maskers")
+    stack = [
+        masker if isinstance(masker, Masker) else MaskerRegistry.create_masker(config)
+        for masker, config in zip(maskers, configs, strict=True)
+    ]
     call = make_call(
         queries,
         keys,

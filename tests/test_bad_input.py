@@ -165,7 +165,7 @@ def test_nan_and_inf_in_a_query_stay_in_their_row(stack, value):
     out, mask = sparse_attention(q, k, v, stack)
     hit = torch.zeros(2, 4, 8, dtype=torch.bool)
     hit[0, [0, 1] if "group" in str(stack) else 1, 3] = True  # heads that share their selection share the damage
-    assert torch.equal(out.transpose(1, 2)[~hit], expected.transpose(1, 2)[~hit])
+    assert torch.allclose(out.transpose(1, 2)[~hit], expected.transpose(1, 2)[~hit], atol=1e-6)
     assert torch.equal(mask.get_dense_mask()[~hit], right.get_dense_mask()[~hit])
 
 

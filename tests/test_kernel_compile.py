@@ -108,16 +108,17 @@ def compiled(launch, architecture):
     return triton.compile(source, target=target, options={"num_warps": launch.warps, **launch.options})
 
 
-def main(architectures):
+def main(architectures, verbose):
     for architecture in architectures:
         for stack in STACKS:
             for form, options in FORMS.items():
                 for launch in launches(stack, **options):
                     result = compiled(launch, architecture)
-                    print("compiled", architecture, stack, form, launch.kernel.__name__, resources(result, architecture), flush=True)
+                    used = resources(result) if verbose else ""
+                    print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
 
 
-def resources(result, architecture):
+def resources(result):
     """Registers, spills and shared memory by ptxas, where it is at hand."""
     from triton import knobs
 
@@ -127,7 +128,7 @@ def resources(result, architecture):
         found = re.search(r"\.target (sm_\w+)", result.asm["ptx"])
         ptxas = knobs.nvidia.ptxas_blackwell.path  # reads every version of PTX
         command = [ptxas, "-v", f"--gpu-name={found.group(1)}", file.name, "-o", "/dev/null"]
-        text = "".join(subprocess.run(command, capture_output=True, text=True).__dict__[k] for k in ("stdout", "stderr"))
+        text = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
     used = re.search(r"Used (\d+) registers", text)
     spilled = re.search(r"(\d+) bytes spill stores", text)
     return {
@@ -145,11 +146,15 @@ def test_every_kernel_compiles(architecture):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, __file__, str(architecture)], env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, __file__, str(architecture), "--quiet"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("compiled") >= 40
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:]] or [90])
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [90], "--quiet" not in sys.argv)

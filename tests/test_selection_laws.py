@@ -62,29 +62,19 @@ def test_every_masker_is_in_a_stack_here():
 def test_chunks_select_what_one_prefill_selects(stack, data, dtype):
     """Bit-identical inputs give identical selections: no near-tie is excused."""
     q, k, v = draw(data, dtype)
-    _, whole = select(q, k, v, stack)
-    for sizes in ([1] * 48, [40, 1, 1, 6], [7, 13, 28], [17, 31]):
-        for padding in (None, [0, 5]):
-            mask, start, state = None, 0, State()
-            if padding is not None:
-                mask = torch.ones(2, 48, dtype=torch.long)
-                mask[1, : padding[1]] = 0
-                _, expected = select(q, k, v, stack, attention_mask=mask)
-            else:
-                expected = whole
-            for size in sizes:
-                stop = start + size
-                _, part = select(
-                    q[:, :, start:stop],
-                    k[:, :, :stop],
-                    v[:, :, :stop],
-                    stack,
-                    attention_mask=None if mask is None else mask[:, :stop],
-                    state=state,
-                )
-                assert torch.equal(part, expected[:, :, start:stop, :stop])
-                assert not expected[:, :, start:stop, stop:].any()
-                start = stop
+    padded = torch.ones(2, 48, dtype=torch.long)
+    padded[1, :5] = 0
+    for sizes, mask in (([1] * 48, None), ([40, 1, 1, 6], None), ([17, 31], padded), ([7, 13, 28], padded)):
+        _, whole = select(q, k, v, stack, attention_mask=mask)
+        start, state = 0, State()
+        for size in sizes:
+            stop = start + size
+            past = None if mask is None else mask[:, :stop]
+            chunk = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+            _, part = select(*chunk, stack, attention_mask=past, state=state)
+            assert torch.equal(part, whole[:, :, start:stop, :stop])
+            assert not whole[:, :, start:stop, stop:].any()
+            start = stop
 
 
 @each_stack

@@ -49,7 +49,9 @@ def why_not(call: Call) -> str:
     if 4 * queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] > MOST_SCRATCH:
         return "scores of all rows would need more than 1 GiB"
     if queries.dtype not in DTYPES or not queries.dtype == keys.dtype == values.dtype:
-        return f"the dtypes are {queries.dtype}, {keys.dtype}, {values.dtype}; one of float16, bfloat16, float32 is needed"
+        return (
+            f"the dtypes are {queries.dtype}, {keys.dtype}, {values.dtype}; one of float16, bfloat16, float32 is needed"
+        )
     if max(queries.shape[3], values.shape[3]) > 256:
         return f"head dimensions are {queries.shape[3]} and {values.shape[3]}, more than 256"
     if queries.stride(3) != 1 or keys.stride(3) != 1 or values.stride(3) != 1:

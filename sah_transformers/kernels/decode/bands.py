@@ -5,6 +5,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped
+from sah_transformers.kernels.decode.values import weight_of
 
 
 @triton.jit(
@@ -79,7 +80,7 @@ def bands_kernel(
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_peak, tl.max(b_s, 1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_w = tl.exp(b_s - b_safe[:, None])
+        b_w = weight_of(b_s - b_safe[:, None], v.dtype.element_ty == tl.float32)
         b_shrink = tl.exp(b_peak - b_safe)
         b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
         b_total = b_total * b_shrink + tl.sum(b_w, 1)

@@ -13,14 +13,16 @@ from sah_transformers.kernels.decode.values import order_of, wanted_mass
 
 NOTHING = tl.constexpr(-3.0e38)  # offset of a line that maps every value below the bracket
 SIGMAS = tl.constexpr(4.5)
-ROUNDS = tl.constexpr(4)
+ROUNDS = tl.constexpr(3)
 
 
 @triton.jit
 def sample_position(o_s, first_end, last_start, SAMPLES: tl.constexpr):
     """A jittered position in part ``o_s`` of ``SAMPLES`` equal parts of ``[first_end, last_start)``."""
     jitter = (o_s * 40503) & 0xFFFF
-    return first_end + (((o_s * 65536 + jitter).to(tl.int64) * (last_start - first_end)) // (SAMPLES * 65536)).to(tl.int32)
+    return first_end + (((o_s * 65536 + jitter).to(tl.int64) * (last_start - first_end)) // (SAMPLES * 65536)).to(
+        tl.int32
+    )
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def count_bracket(b_x, m_x, share):
     wanted = tl.where(upper, few + 1, many)
     low, high = smallest, smallest
     width = largest - smallest
-    for _ in tl.range(0, ROUNDS, loop_unroll_factor=1):  # both ends at once, to 1/4096 of the sample's range
+    for _ in tl.range(0, ROUNDS, loop_unroll_factor=1):  # both ends at once, to 1/512 of the sample's range
         width = width / 8
         b_pivot = tl.where(upper, high, low) + width * (o % 8 + 1).to(tl.float32)
         count = tl.sum((m_x[:, None] & (b_x[:, None] >= b_pivot[None, :])).to(tl.int32), 0).to(tl.float32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.values import fixed_mass
+from sah_transformers.kernels.decode.values import fixed_mass, unit_of, weight_of
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "splits", "sv_b", "sv_g"])
@@ -44,7 +44,7 @@ def combine_kernel(
         b_rank = tl.sum((m_more | (m_pair & (b_other == b_val) & (b_next < b_spot))).to(tl.int32), 1)
         need = tl.load(needs + i_e)
         if KIND == "mass":
-            b_fixed = fixed_mass(b_other, tl.load(lines + 2 * E + i_e), FIXED)
+            b_fixed = fixed_mass(b_other, peak, unit_of(tl.load(lines + 2 * E + i_e), peak, FIXED))
             m_take = tl.sum(tl.where(m_more, b_fixed, 0), 1) < need
         else:
             m_take = b_rank < need
@@ -57,7 +57,7 @@ def combine_kernel(
             o_v = tl.load(chosen + i_r * LIST + o_t, mask=o_t < n, other=-1)
             m_t = o_v >= 0
             b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_v, mask=m_t, other=float("-inf"))
-            b_w = tl.where(m_t, tl.exp(b_s - peak), 0.0)
+            b_w = tl.where(m_t, weight_of(b_s - peak, values.dtype.element_ty == tl.float32), 0.0)
             p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
             b_acc += tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)

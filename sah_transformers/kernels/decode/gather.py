@@ -7,7 +7,7 @@ to the row's peak, which is known, so they only have to be added.
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.values import line_of
+from sah_transformers.kernels.decode.values import line_of, weight_of
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def gather_kernel(
     """One row, ``per_split`` chunks of keys: compact what is taken, gather its values, add."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
+    PRECISE: tl.constexpr = values.dtype.element_ty == tl.float32
     R = B * H * Q
     i_bg = i_r // (H // G * Q)
     run = True
@@ -83,7 +84,7 @@ def gather_kernel(
             if counts >= 65536:
                 keep_listed(b_s, o_k, m_listed, i_r, list_pos, list_val, list_count, LIST)
             count = counts & 65535
-            b_bits = tl.exp(b_s - peak).to(tl.int32, bitcast=True)  # weights are not negative
+            b_bits = weight_of(b_s - peak, PRECISE).to(tl.int32, bitcast=True)  # weights are not negative
             tl.store(p_mine + b_rank, (o_k.to(tl.int64) << 32) | b_bits.to(tl.int64), mask=m_taken)
             tl.debug_barrier()
             for i_t in range(0, count, BT):
@@ -103,24 +104,31 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "per_split", "sv_b", "sv_g"])
 def gather_group_kernel(
-    values, scores, ranking, cuts, bounds, stats, packed, list_pos, list_val, list_count, sums, totals,
+    values, scores, ranking, cuts, bounds, stats, packed, weights, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, ``per_split`` chunks: the group's heads share the gathered values."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     E = B * G * Q
     i_bg = i_e // Q
+    PRECISE: tl.constexpr = values.dtype.element_ty == tl.float32
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < H // G
     o_r = (i_bg * (H // G) + o_m) * Q + i_e % Q
-    peak = tl.load(stats + o_r, mask=m_m, other=0.0)
+    o_h = tl.arange(0, HEADS)[:, None]
+    m_h = o_h < H // G
+    o_hr = (i_bg * (H // G) + o_h) * Q + i_e % Q
+    peak = tl.load(stats + o_hr, mask=m_h, other=0.0)
+    p_s = scores + o_hr.to(tl.int64) * (stride * 16)
     cut = cut_of(i_e, E, cuts, bounds)
     p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
     p_e = ranking + i_e.to(tl.int64) * (stride * 16)
     p_mine = packed + (i_e.to(tl.int64) * splits + i_s) * CHUNK
+    p_w = weights + (i_e.to(tl.int64) * splits + i_s) * (H // G * CHUNK)
     b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BT], tl.float32)
     for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
         o_k = i_c * CHUNK + tl.arange(0, CHUNK)
@@ -132,14 +140,15 @@ def gather_group_kernel(
             keep_listed(b_e, o_k, m_listed, i_e, list_pos, list_val, list_count, LIST)
         count = counts & 65535
         tl.store(p_mine + b_rank, o_k, mask=m_taken)
+        m_hk = m_h & m_taken[None, :]
+        b_s = tl.load(p_s + o_k[None, :], mask=m_hk, other=float("-inf"))
+        tl.store(p_w + o_h * CHUNK + b_rank[None, :], weight_of(b_s - peak, PRECISE), mask=m_hk)
         tl.debug_barrier()
         for i_t in range(0, count, BT):
             o_t = i_t + tl.arange(0, BT)
             m_t = o_t < count
             o_v = tl.load(p_mine + o_t, mask=m_t, other=0)
-            p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_v[None, :]
-            b_s = tl.load(p_s, mask=m_m[:, None] & m_t[None, :], other=float("-inf"))
-            b_w = tl.exp(b_s - peak[:, None])
+            b_w = tl.load(p_w + o_m[:, None] * CHUNK + o_t[None, :], mask=m_m[:, None] & m_t[None, :], other=0.0)
             p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
             b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
@@ -163,6 +172,7 @@ def stream_kernel(
     splits = tl.num_programs(0)
     R = B * H * Q
     ROWS: tl.constexpr = H // G * Q
+    PRECISE: tl.constexpr = values.dtype.element_ty == tl.float32
     run = True
     if EITHER:
         run = streams(bounds, K, R, i_bg, ROWS, MANY)
@@ -184,7 +194,7 @@ def stream_kernel(
             m_taken, m_listed = taken_of(b_s, o_k[None, :], cut, False)
             o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
             keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)
-            b_w = tl.where(m_taken, tl.exp(b_s - peak[:, None]), 0.0)
+            b_w = tl.where(m_taken, weight_of(b_s - peak[:, None], PRECISE), 0.0)
             b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
             b_total += b_w
         o_out = o_r.to(tl.int64) * splits + i_s

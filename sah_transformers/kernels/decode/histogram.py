@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of
-from sah_transformers.kernels.decode.values import fixed_mass, line_of
+from sah_transformers.kernels.decode.values import fixed_mass, line_of, unit_of
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
@@ -51,7 +51,7 @@ def histogram_kernel(
     p_bin = histogram + i_e.to(tl.int64) * BINS + tl.where(m_inside, b_x, 0.0).to(tl.int32)
     o_out = i_e.to(tl.int64) * chunks + i_c
     if MASS:
-        b_add = (fixed_mass(b_v, high, FIXED) << COUNT_BITS) + 1
+        b_add = (fixed_mass(b_v, peak, unit_of(high, peak, FIXED)) << COUNT_BITS) + 1
         tl.store(masses + o_out, tl.sum(tl.where(m_above, tl.exp(b_v - peak), 0.0)))
         tl.atomic_add(p_bin, b_add, mask=m_inside, sem="relaxed")
     else:

@@ -155,7 +155,13 @@ class Launcher:
         return tensor.data_ptr() if self.ready else tensor
 
     def __call__(
-        self, kernel: Any, grid: tuple[int, int, int], *args: Any, warps: int = 4, cap: int | None = None, **constants: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        *args: Any,
+        warps: int = 4,
+        cap: int | None = None,
+        **constants: Any,
     ) -> None:
         if self.ready:
             run, function, metadata, values = self.plan.compiled[self.step]
@@ -250,7 +256,9 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
             "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
             "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
-            "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32), "packed": (packs, i64 if kind != "group" else i32),
+            "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32),
+            "packed": (packs, i64 if kind != "group" else i32),
+            "weights": (packs * (heads // groups) if kind == "group" else 1, f32),
             "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
         },
     )  # fmt: skip
@@ -305,9 +313,11 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     many = max(16, power_of_2(in_group))
     if kind == "group":
         launch(
-            gather_group_kernel, (splits, selections, 1), v, s["scores"], ranking, *cut, s["packed"], *listed, *parts,
+            gather_group_kernel, (splits, selections, 1), v, s["scores"], ranking, *cut, s["packed"],
+            s["weights"], *listed, *parts,
             *sized, per_split, *steps, **valued,
-            CHUNK=t.chunk, BT=t.rows, BM=max(16, power_of_2(heads // groups)), warps=t.gather_warps,
+            CHUNK=t.chunk, BT=t.rows, BM=max(16, power_of_2(heads // groups)),
+            HEADS=power_of_2(heads // groups), warps=t.gather_warps,
         )  # fmt: skip
     if mass or (kind == "best" and not plan.streams):
         launch(

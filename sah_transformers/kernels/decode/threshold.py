@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, size_of
-from sah_transformers.kernels.decode.values import NEVER, line_of, sortable, unsortable, wanted_mass
+from sah_transformers.kernels.decode.values import NEVER, line_of, sortable, unit_of, unsortable, wanted_mass
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
@@ -130,8 +130,8 @@ def threshold_kernel(
         every = False
         goal = tl.maximum(goal, NEVER)
         held = tl.sum(tl.load(masses + p_c, mask=o_c < chunks, other=0.0))
-        unit = tl.exp(tl.load(lines + 2 * E + i_e) - peak) / (1 << FIXED)
-        want = tl.ceil(tl.minimum((goal - held) / unit, 4.0e18)).to(tl.int64)
+        unit = unit_of(tl.load(lines + 2 * E + i_e), peak, FIXED)
+        want = tl.ceil(tl.minimum((goal - held) * unit, 4.0e18)).to(tl.int64)
         b_held = b_sum >> COUNT_BITS
         b_count = (b_sum & ((1 << COUNT_BITS) - 1)).to(tl.int32)
     else:

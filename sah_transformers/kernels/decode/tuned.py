@@ -12,10 +12,14 @@ class Tuning:
 
     Attributes:
         tile, tiles, score_warps, score_stages: keys per tile, tiles per program of the score stage.
-        samples, bins, listed: keys sampled per row, bins of the histogram, keys that the boundary list holds.
-        chunk, gather_programs, gather_warps, rows: keys compacted at once, programs to aim for, values per step.
-        stream_tile, stream_programs, stream_warps, stream_stages: the same for streaming all values.
-        band_tile, band_keys, band_warps: keys per tile and per program of the bands.
+        samples, slice, sample_stages, sample_warps: keys sampled per row, and how many are loaded at once.
+        bins, listed: bins of the histogram, keys that the list of the boundary bin holds.
+        histogram_chunk, histogram_warps, threshold_warps: keys per program of the second look; the cut.
+        chunk, rows, gather_programs, gather_warps, gather_registers: keys compacted at once, values gathered at once,
+            programs to aim for, registers per thread at most.
+        stream_tile, stream_warps, stream_stages: keys per tile where all values are read.
+        parts, combine_warps: partial sums added at once.
+        band_tile, band_programs, band_warps: keys per tile and programs to aim for of the bands.
     """
 
     tile: int = 128
@@ -51,8 +55,9 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
     bins, listed = (256, 64) if keys <= 4096 else (1024, 64) if keys <= 2**18 else (2048, 128)
     wide = itemsize * dim
     slim = max(16, min(64, 64 * 256 // wide))
+    short = keys <= 2**16 and itemsize == 2
     tuning = Tuning(
-        tile=max(16, min(128, 128 * 256 // wide)) if itemsize == 2 else slim,
+        tile=slim if short or itemsize == 4 else max(16, min(128, 128 * 256 // wide)),
         slice=slim,
         bins=bins,
         listed=listed,
@@ -62,9 +67,7 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         band_tile=slim,
     )
     if kind == "group":
-        return replace(
-            tuning, samples=1024, sample_warps=16, chunk=2048, gather_programs=512, gather_warps=4, rows=slim
-        )
+        return replace(tuning, samples=1024, gather_programs=512, gather_warps=4, rows=max(16, tuning.rows))
     if kind == "mass":
-        return replace(tuning, samples=2048, sample_warps=16, bins=2 * bins)
+        return replace(tuning, samples=1024, bins=2 * bins)
     return tuning

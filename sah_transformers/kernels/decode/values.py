@@ -22,9 +22,31 @@ def line_of(b_v, scale, offset, LOGARITHMIC: tl.constexpr):
 
 
 @triton.jit
-def fixed_mass(b_s, high, FIXED: tl.constexpr):
-    """``exp(s - high)`` in units of ``2**-FIXED`` as int64: sums that do not depend on their order."""
-    return (tl.exp(tl.minimum(b_s - high, 0.0)) * (1 << FIXED) + 0.5).to(tl.int64)
+def weight_of(b_x, PRECISE: tl.constexpr):
+    """``exp(x)`` for ``x <= 0``; ``PRECISE`` makes up for the rounding of ``x * log2(e)``: float32 output shows it."""
+    if PRECISE:
+        b_x = tl.maximum(b_x, -200.0)  # 0 in float32
+        b_y = b_x * 1.4426950408889634
+        b_rest = tl.fma(b_x, tl.full(b_x.shape, 1.4426950408889634, tl.float32), -b_y) + b_x * 1.9259629911e-8
+        b_w = tl.exp2(b_y) * (1.0 + b_rest * 0.6931471805599453)
+    else:
+        b_w = tl.exp(b_x)
+    return b_w
+
+
+@triton.jit
+def unit_of(high, peak, FIXED: tl.constexpr):
+    """Fixed units per unit of mass, such that a mass at the top of the bracket has ``FIXED`` bits.
+
+    A bracket more than 50 below the peak loses bits; its mass is below float32's resolution of the row's anyway.
+    """
+    return tl.exp(tl.minimum(peak - high, 50.0)) * (1 << FIXED)
+
+
+@triton.jit
+def fixed_mass(b_s, peak, unit):
+    """Mass in fixed units as int64: sums that do not depend on their order."""
+    return (tl.exp(b_s - peak) * unit + 0.5).to(tl.int64)
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def bracket_kernel(
         p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
         total = chunks * BS
         b_p = tl.minimum(b_k.to(tl.float32) / tl.maximum(b_c, 1).to(tl.float32), 1.0)
-        b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0
+        b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0 / chunks
         b_skew = (deviations * deviations - 1.0) * (1.0 - 2.0 * b_p) * BS / (6.0 * total)  # of the binomial's tails
         b_below = tl.ceil(b_p * BS + b_spread + b_skew)  # this many of a chunk should be at or above low
         b_above = tl.floor(b_p * BS - b_spread + b_skew)  # at most this many should be above high
@@ -97,7 +97,7 @@ def bracket_kernel(
 
 @triton.jit
 def write_between(
-    b_s, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM: tl.constexpr, SIZE: tl.constexpr,
+    b_s, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM: tl.constexpr, SIZE: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Append the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the rows' four lists.
@@ -110,24 +110,22 @@ def write_between(
     if SIZE == 1:
         b_x = tl.reshape(b_s, [BM, 4])
         if ASM:
-            b_end, b_reached, b_1, b_2, b_3 = tl.inline_asm_elementwise(
-                """{ .reg .pred p, r, w; .reg .b64 a; .reg .b32 t;
-                setp.ge.f32 r, $5, $6;
-                setp.le.and.f32 p, $5, $7, r;
-                mov.b32 $0, $8;
+            b_end, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+                """{ .reg .pred p, w; .reg .b64 a; .reg .b32 t;
+                setp.ge.f32 p, $4, $5;
+                setp.le.and.f32 p, $4, $6, p;
+                mov.b32 $0, $7;
                 @p add.s32 $0, $0, 16;
                 and.b32 t, $0, 48;
                 setp.eq.and.s32 w, t, 0, p;
                 cvt.u64.u32 a, $0;
-                add.u64 a, a, $13;
-                @w st.global.v4.f32 [a + -64], {$5, $10, $11, $12};
-                mov.b32 $1, $9;
-                @r add.s32 $1, $1, 1;
-                mov.b32 $2, $10; mov.b32 $3, $11; mov.b32 $4, $12;
-                @p mov.b32 $4, $11; @p mov.b32 $3, $10; @p mov.b32 $2, $5; }""",
-                "=&r,=&r,=&f,=&f,=&f,f,f,f,r,r,f,f,f,l",
-                [b_x, b_low, b_high, b_end, b_reached, b_1, b_2, b_3, p_list.to(tl.int64)],
-                dtype=(tl.int32, tl.int32, tl.float32, tl.float32, tl.float32),
+                add.u64 a, a, $11;
+                @w st.global.v4.f32 [a + -64], {$4, $8, $9, $10};
+                mov.b32 $1, $8; mov.b32 $2, $9; mov.b32 $3, $10;
+                @p mov.b32 $3, $9; @p mov.b32 $2, $8; @p mov.b32 $1, $4; }""",
+                "=&r,=&f,=&f,=&f,f,f,f,r,f,f,f,l",
+                [b_x, b_low, b_high, b_end, b_1, b_2, b_3, p_list.to(tl.int64)],
+                dtype=(tl.int32, tl.float32, tl.float32, tl.float32),
                 is_pure=False,
                 pack=1,
             )
@@ -135,14 +133,13 @@ def write_between(
             m_x = (b_x >= b_low) & (b_x <= b_high)
             tl.store(p_list + b_end // 64 * 16 + b_end // 16 % 4, b_x, mask=m_x)
             b_end += m_x.to(tl.int32) * 16
-            b_reached += (b_x >= b_low).to(tl.int32)
-        return b_end, b_reached, b_1, b_2, b_3
+        return b_end, b_1, b_2, b_3
     else:
         b_left, b_right = tl.split(tl.reshape(b_s, [BM, 4, SIZE // 2, 2]))
-        b_end, b_reached, b_1, b_2, b_3 = write_between(
-            b_left, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM, SIZE // 2, ASM
+        b_end, b_1, b_2, b_3 = write_between(
+            b_left, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM, SIZE // 2, ASM
         )
-        return write_between(b_right, b_low, b_high, p_list, b_end, b_reached, b_1, b_2, b_3, BM, SIZE // 2, ASM)
+        return write_between(b_right, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM, SIZE // 2, ASM)
 
 
 @triton.jit
@@ -167,8 +164,9 @@ def emit_tiles(
         b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
         b_over = tl.maximum(b_end - b_full, 0)
         b_lost += b_over
-        b_end, b_reached, b_1, b_2, b_3 = write_between(
-            b_s, b_low, b_high, p_list, b_end - b_over, b_reached, b_1, b_2, b_3, BM, BN // 4, ASM
+        b_reached += tl.sum((b_s >= b_low[:, :, None]).to(tl.float32), 2)
+        b_end, b_1, b_2, b_3 = write_between(
+            b_s, b_low, b_high, p_list, b_end - b_over, b_1, b_2, b_3, BM, BN // 4, ASM
         )
     return b_end, b_reached, b_lost, b_1, b_2, b_3
 
@@ -216,7 +214,7 @@ def emit_kernel(
     inner_end = tl.min(tl.where(m_r, b_start, 2147483647), 0) // BN * BN
     inner = tl.maximum(tl.minimum(inner, tl.cdiv(end, BN) * BN), begin)
     inner_end = tl.maximum(inner_end, inner)
-    b_reached = tl.zeros([BM, 4], tl.int32)
+    b_reached = tl.zeros([BM, 4], tl.float32)
     b_lost = tl.zeros([BM, 4], tl.int32)
     b_1 = tl.zeros([BM, 4], tl.float32)
     b_2 = tl.zeros([BM, 4], tl.float32)
@@ -241,7 +239,7 @@ def emit_kernel(
         tl.store(p_last + 2, b_3, mask=b_wait > 2)
     b_count = (b_end - b_first + b_lost) // 16
     tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
-    tl.store(list_reached + o_c, b_reached, mask=m_r[:, None])
+    tl.store(list_reached + o_c, b_reached.to(tl.int32), mask=m_r[:, None])
 
 
 @triton.jit
@@ -258,92 +256,83 @@ def restored(b_i):
 
 
 @triton.jit
-def search(p_list, p_count, m_r, b_inside, b_wanted, BC: tl.constexpr, BR: tl.constexpr):
-    """(cut, need) of the ``wanted`` best in the lists of BR rows, by counting at interpolated pivots.
-
-    Shaped ``[BC / 32, BR, 128]`` so that one warp holds one row.
-    """
-    o_j = tl.arange(0, BC // 32)[:, None, None]
-    o_i = tl.arange(0, 128)[None, None, :]
-    b_length = tl.load(p_count[None, :, None] + o_i // 4 % 4, mask=m_r[None, :, None], other=0)
-    m_c = (o_j * 32 + o_i // 16 * 4 + o_i % 4) < b_length
-    b_x = ordered(tl.load(p_list[None, :, None] + o_j * 128 + o_i, mask=m_c, other=0.0))
-    b_low = tl.min(tl.min(tl.where(m_c, b_x, 2147483647), 0), 1).to(tl.int64)
-    b_x = tl.where(m_c, b_x, -2147483648)
-    b_high = tl.max(tl.max(b_x, 0), 1).to(tl.int64) + 1
-    b_at_low, b_at_high = b_inside, b_inside * 0  # at or above low: enough; at or above high: too few
-    b_aside = b_inside.to(tl.float32) * 0.0
-    m_open = m_r & (b_high - b_low > 1) & (b_at_low != b_wanted)
+def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
+    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots."""
+    o_i = tl.arange(0, BC * 4)
+    m_i = o_i // 16 * 4 + o_i % 4 < tl.load(p_count + o_i // 4 % 4)
+    b_x = ordered(tl.load(p_list + o_i, mask=m_i, other=0.0))
+    low = tl.min(tl.where(m_i, b_x, 2147483647), 0).to(tl.int64)
+    b_x = tl.where(m_i, b_x, -2147483648)
+    high = tl.max(b_x, 0).to(tl.int64) + 1
+    at_low, at_high = inside, inside * 0  # at or above low: enough; at or above high: too few
+    aside = 0.0
     step = 0
-    while tl.max(m_open.to(tl.int32), 0) > 0:
-        b_left = tl.maximum(b_at_low - b_at_high, 1).to(tl.float32)
-        b_share = ((b_at_low - b_wanted).to(tl.float32) + b_aside * tl.sqrt(b_left)) / b_left
-        b_share = tl.where((step >= 8) & (step % 2 == 0), 0.5, b_share)  # whatever the values: the range is halved
-        b_middle = b_low + ((b_high - b_low).to(tl.float32) * b_share).to(tl.int64)
-        b_middle = tl.minimum(tl.maximum(b_middle, b_low + 1), b_high - 1)
-        m_above = b_x >= b_middle.to(tl.int32)[None, :, None]
-        b_count = tl.sum(tl.sum(m_above.to(tl.int32), 0), 1)
-        m_low, m_high = m_open & (b_count >= b_wanted), m_open & (b_count < b_wanted)
-        b_low = tl.where(m_low, b_middle, b_low)
-        b_at_low = tl.where(m_low, b_count, b_at_low)
-        b_high = tl.where(m_high, b_middle, b_high)
-        b_at_high = tl.where(m_high, b_count, b_at_high)
-        b_aside = tl.where(m_low, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
-        m_open = m_r & (b_high - b_low > 1) & (b_at_low != b_wanted)
+    while (high - low > 1) & (at_low != wanted):
+        left = (at_low - at_high).to(tl.float32)
+        share = ((at_low - wanted).to(tl.float32) + aside * tl.sqrt(left)) / left
+        share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
+        middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        count = tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 0)
+        enough = count >= wanted
+        low = tl.where(enough, middle, low)
+        at_low = tl.where(enough, count, at_low)
+        high = tl.where(enough, high, middle)
+        at_high = tl.where(enough, at_high, count)
+        aside = tl.where(enough, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
         step += 1
-    return restored(b_low.to(tl.int32)), tl.where(b_at_low == b_wanted, ALL, b_wanted - b_at_high)
+    return restored(low.to(tl.int32)), tl.where(at_low == wanted, ALL, wanted - at_high)
 
 
 @triton.jit
 def select_kernel(
     lows, highs, lists, list_counts, list_reached, cuts, needs, tied, waiting, queue,
     i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity, tiles,
-    BC: tl.constexpr, BR: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
+    BC: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
     LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
 ):  # fmt: skip
-    """One program: the cuts of BR rows from their lists; rows that the lists cannot decide join the queue.
+    """One program: the cut of one row from its lists; a row that they cannot decide joins the queue.
 
-    Those leave their bracket to ``settle_kernel``: its low in ``cuts``, the bits of its high in ``needs``.
+    It leaves its bracket to ``settle_kernel``: the low in ``cuts``, the bits of the high in ``needs``.
     """
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    i_r = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    m_r = o_r < rows
-    o_q = i_first + o_r
-    b_n = visible_keys(o_q, Q, K, CAUSAL)
-    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-    b_wanted = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
-    m_r = m_r & (b_wanted < b_start - b_stop)
-    o_l = tl.arange(0, 4)
-    i_row = i_bh * rows + o_r
-    p_count = list_counts + i_row * 4
-    b_count = tl.load(p_count[:, None] + o_l[None, :], mask=m_r[:, None], other=0)
-    b_reached = tl.load((list_reached + i_row * 4)[:, None] + o_l[None, :], mask=m_r[:, None], other=0)
-    b_inside = tl.sum(tl.abs(b_count), 1)
-    b_wanted -= tl.sum(b_reached, 1) - b_inside
-    m_short = tl.min(b_count, 1) < 0
-    m_known = m_r & (b_wanted > 0) & (b_wanted <= b_inside)
-    m_search = m_known & ~m_short
-    p_list = lists + i_row * capacity * 4
-    if tl.max(tl.max(b_count, 1), 0) <= BC // 2:
-        b_cut, b_need = search(p_list, p_count, m_search, b_inside, b_wanted, BC // 2, BR)
-    else:
-        b_cut, b_need = search(p_list, p_count, m_search, b_inside, b_wanted, BC, BR)
-    b_low = b_cut * 0.0 + SMALLEST
-    b_high = b_cut * 0.0 + float("inf")
-    if BRACKET:
-        b_low = tl.load(lows + i_row, mask=m_r, other=0.0)
-        b_high = tl.load(highs + i_row, mask=m_r, other=0.0)
-    m_equal = m_known & m_short & (b_low == b_high)
-    b_cut = tl.where(m_search, b_cut, b_low)
-    b_need = tl.where(m_search, b_need, tl.where(m_equal, b_wanted, b_high.to(tl.int32, bitcast=True)))
-    m_miss = m_r & ~m_search & ~m_equal
-    b_cut = tl.where(m_r, b_cut, float("-inf"))
-    b_need = tl.where(m_r, b_need, ALL)
-    b_place = tl.atomic_add(waiting + i_bh + o_r * 0, 1, mask=m_miss, sem="relaxed")
-    tl.store(queue + i_bh * Q + b_place, o_q, mask=m_miss)
-    tl.store(tied + i_bh * tiles + o_q // TILE, b_need * 0 + 1, mask=m_r & ~m_miss & (b_need != ALL))
-    tl.store(cuts + i_bh * Q + o_q, b_cut, mask=o_r < rows)
-    tl.store(needs + i_bh * Q + o_q, b_need, mask=o_r < rows)
+    i_q = i_first + i_r
+    n = visible_keys(i_q, Q, K, CAUSAL)
+    stop, start = band_bounds(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    wanted = granted(n, budget, budget_bits, BUDGET_IS_SHARE)
+    cut = tl.full([], float("-inf"), tl.float32)
+    need = n * 0 + ALL
+    if wanted < start - stop:
+        i_row = i_bh * rows + i_r
+        p_count = list_counts + i_row * 4
+        p_list = lists + i_row * capacity * 4
+        o_l = tl.arange(0, 4)
+        b_count = tl.load(p_count + o_l)
+        inside = tl.sum(tl.abs(b_count), 0)
+        wanted -= tl.sum(tl.load(list_reached + i_row * 4 + o_l), 0) - inside
+        cut = tl.full([], SMALLEST, tl.float32)
+        high = tl.full([], float("inf"), tl.float32)
+        if BRACKET:
+            cut = tl.load(lows + i_row)
+            high = tl.load(highs + i_row)
+        known = (wanted > 0) & (wanted <= inside)
+        short = tl.min(b_count, 0) < 0
+        if known & (short == 0):
+            if tl.max(b_count, 0) <= BC // 2:
+                cut, need = search(p_list, p_count, inside, wanted, BC // 2)
+            else:
+                cut, need = search(p_list, p_count, inside, wanted, BC)
+        elif known & (cut == high):  # all of the bracket are equal
+            need = wanted
+        else:
+            need = high.to(tl.int32, bitcast=True)
+            place = tl.atomic_add(waiting + i_bh, 1, sem="relaxed")
+            tl.store(queue + i_bh * Q + place, i_q)
+        if known & (need != ALL):
+            tl.store(tied + i_bh * tiles + i_q // TILE, 1)
+    tl.store(cuts + i_bh * Q + i_q, cut)
+    tl.store(needs + i_bh * Q + i_q, need)
 
 
 @triton.jit
