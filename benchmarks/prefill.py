@@ -134,10 +134,10 @@ def main() -> None:
             call = call_of(maskers, length)
             times = milliseconds(lambda c=call: prefill(c), repeats)
             extra = extra_mib(call)
-            print(f"{length:8,}  {name:26} {times[1]:9.2f} {best:9.2f} {times[1] / best:8.3f}x {extra:10.0f}", flush=True)
-            rows.append(
-                {"length": length, "stack": name, "ms": times, "dense_ms": dense, "ratio": times[1] / best, "extra_mib": extra}
-            )
+            ratio = times[1] / best
+            print(f"{length:8,}  {name:26} {times[1]:9.2f} {best:9.2f} {ratio:8.3f}x {extra:10.0f}", flush=True)
+            row = {"length": length, "stack": name, "ms": times, "dense_ms": dense, "ratio": ratio}
+            rows.append({**row, "extra_mib": extra})
     print(json.dumps({"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}))
 
 

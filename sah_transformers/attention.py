@@ -252,6 +252,7 @@ def sparse_attention(
 
     Memory is linear in K: rows are taken block by block, with gradients blocks are recomputed in the backward pass.
     Selection is as if every score were computed in float64 and rounded once to float32; it is not differentiated.
+    A NaN or Inf in ``queries`` or ``keys`` affects the rows that see it and no others.
 
     Args:
         queries: ``[B, H, Q, D]``; keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; H a multiple of G.

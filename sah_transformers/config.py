@@ -148,7 +148,7 @@ class SparseAttentionConfig:
         problems += [
             f"layers[{where!r}]: no such layer (the model has {num_layers} layers)"
             for where in self.layers
-            if not layers_at(where, num_layers)
+            if not layers_at(where, num_layers) or _beyond(where, num_layers)
         ]
         if problems and self.preset is None:
             raise ValueError(problems[0])
@@ -167,6 +167,11 @@ def layers_at(where: str, num_layers: int) -> range:
         return range(index, index + 1) if 0 <= index < num_layers else range(0)
     start, stop = (int(part) if part else None for part in where.split(":"))
     return range(*slice(start, stop).indices(num_layers))
+
+
+def _beyond(where: str, num_layers: int) -> bool:
+    """Whether a slice names an end that a model with ``num_layers`` does not have."""
+    return any(part and not -num_layers <= int(part) <= num_layers for part in where.split(":") if ":" in where)
 
 
 def parse_stack(stack: Any, path: str) -> Stack:

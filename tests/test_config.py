@@ -17,6 +17,8 @@ from sah_transformers import MaskerRegistry, SparseAttentionConfig, TopKMasker, 
 from sah_transformers.config import preset_names, presets_folder
 from sah_transformers.rows import scores_of
 
+pytestmark = pytest.mark.core
+
 parse = SparseAttentionConfig.parse
 
 # Configs of every registered type, each field once away from its default.

@@ -189,6 +189,14 @@ def test_data(stack, data):
 
 
 @kernel_test
+@pytest.mark.parametrize("data", ["constant", "duplicates"])
+@pytest.mark.parametrize("stack", SCORED)
+def test_ties_over_several_blocks(stack, data):
+    """The exact search walks a row in blocks of 1,024 keys."""
+    check(call_of(STACKS[stack], *tensors(H=2, G=1, K=2500, D=16, data=data)))
+
+
+@kernel_test
 @pytest.mark.parametrize("stack", ["sink local", *SCORED])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_several_queries(stack, rows):

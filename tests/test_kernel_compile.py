@@ -105,7 +105,9 @@ def compiled(launch, architecture):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": launch.warps, **launch.options})
+    return triton.compile(
+        source, target=target, options={"num_warps": launch.warps, "enable_fp_fusion": True, **launch.options}
+    )
 
 
 def main(architectures, verbose):

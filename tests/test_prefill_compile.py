@@ -60,7 +60,7 @@ def launches(stack, dtype, D, softcap=None, sinks=False, Q=4096, K=8192, H=32, G
     finally:
         for name, function in originals.items():
             setattr(launch, name, function)
-    return list({function.arg_names[0] + function.__name__ + str(bound.get("BC")): (function, bound) for function, bound in found}.values())
+    return list({(function.__name__, bound.get("BC")): (function, bound) for function, bound in found}.values())
 
 
 def compiled(function, bound, architecture):

@@ -42,9 +42,7 @@ def test_in_the_interpreter():
 
 def data(kind, B, H, G, Q, K, D, Dv, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(shape, generator=generator) for shape in ((B, H, Q, D), (B, G, K, D), (B, G, K, Dv))
-    )
+    q, k, v = (torch.randn(shape, generator=generator) for shape in ((B, H, Q, D), (B, G, K, D), (B, G, K, Dv)))
     if kind == "zero queries":
         q = torch.zeros_like(q)
     elif kind == "constant keys":
@@ -187,23 +185,23 @@ def test_exactly_the_budget_and_lower_positions_first(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["normal", "constant keys", "duplicated keys"])
 def test_bracket_and_tiles_of_queries(kind, monkeypatch):
     """Sampled brackets, lists that overflow, several tiles of queries: small scratch makes small shapes take them."""
-    from sah_transformers.kernels.prefill import launch
+    from sah_transformers.kernels.prefill import parts
 
-    monkeypatch.setattr(launch, "ALWAYS_LISTED", 32)
-    monkeypatch.setattr(launch, "SAMPLE_STRIDE", 1)
-    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2**15)
+    monkeypatch.setattr(parts, "ALWAYS_LISTED", 32)
+    monkeypatch.setattr(parts, "SAMPLE_STRIDE", 1)
+    monkeypatch.setattr(parts, "SCRATCH_BYTES", 2**15)
     check(make(data(kind, 1, 2, 1, 40, 160, 16, 16, torch.float32), [SINK, LOCAL, best(0.1)]))
 
 
 @runs_kernels
 @pytest.mark.parametrize("deviations", [0.0, -2.0])
 def test_a_missed_bracket_is_settled(deviations, monkeypatch):
-    from sah_transformers.kernels.prefill import launch
+    from sah_transformers.kernels.prefill import parts
 
-    monkeypatch.setattr(launch, "ALWAYS_LISTED", 32)
-    monkeypatch.setattr(launch, "SAMPLE_STRIDE", 1)
-    monkeypatch.setattr(launch, "DEVIATIONS", deviations)
-    monkeypatch.setattr(launch.Part, "sized", classmethod(lambda cls, rows, *_: cls(rows, 1, 96, 32)))
+    monkeypatch.setattr(parts, "ALWAYS_LISTED", 32)
+    monkeypatch.setattr(parts, "SAMPLE_STRIDE", 1)
+    monkeypatch.setattr(parts, "DEVIATIONS", deviations)
+    monkeypatch.setattr(parts.Part, "sized", classmethod(lambda cls, rows, *_: cls(rows, 1, 96, 32)))
     check(make(data("small integers", 1, 1, 1, 12, 150, 16, 16, torch.float32), [SINK, best(0.1)]))
 
 

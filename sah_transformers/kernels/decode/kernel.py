@@ -169,7 +169,7 @@ class Launcher:
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
         limits = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, **limits)
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
             self.plan.compiled.append(entry)

@@ -67,7 +67,7 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         band_tile=slim,
     )
     if kind == "group":
-        return replace(tuning, samples=1024, gather_programs=512, gather_warps=4, rows=max(16, tuning.rows))
+        return replace(tuning, samples=1024, chunk=1024, gather_programs=512, gather_warps=2, rows=max(16, tuning.rows))
     if kind == "mass":
         return replace(tuning, samples=1024, bins=2 * bins)
     return tuning

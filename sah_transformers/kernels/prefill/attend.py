@@ -22,9 +22,9 @@ def capped(b_s, scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def attend_tiles(
     b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, i_first, i_last,
-    K, stride_k, stride_v, scale, softcap, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
-    EDGE: tl.constexpr, CUT: tl.constexpr, TIES: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    K, stride_k, stride_v, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    CUT: tl.constexpr, TIES: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the tiles of keys from ``i_first`` to ``i_last`` into the running softmax.
 
@@ -94,12 +94,14 @@ def attend_kernel(
     last_bits_before, min_keys, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
-    FIRST_BEFORE_IS_SHARE: tl.constexpr, LAST_BEFORE_IS_SHARE: tl.constexpr, CUT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_BEFORE_IS_SHARE: tl.constexpr, LAST_BEFORE_IS_SHARE: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head.
 
     With CUT a key outside the bands is kept when ``q·k > cut``, or ``== cut`` and it is one of the first ``need`` such
-    keys beyond the bands before the scored masker; ``tied`` says which tiles of rows need to look at that at all. Rows that see fewer than ``min_keys`` keys are dense.
+    keys outside the bands before the scored masker; ``tied`` says which tiles of rows need to look at that at all.
+    Rows that see fewer than ``min_keys`` keys are dense.
     """
     tiles = tl.num_programs(0)
     i_q = tiles - 1 - tl.program_id(0)  # the longest rows first
@@ -137,23 +139,27 @@ def attend_kernel(
         b_need = tl.load(needs + i_bh * Q + o_q, mask=m_q, other=0)
         tie = tl.load(tied + i_bh * tiles + i_q)
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, 0, head,
-        K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
+        0, head, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if CUT:
         middle = tl.cdiv(head, BN) * BN
         plain = tl.where(tie == 0, tail, middle)  # a tile of rows without ties skips the second loop
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, middle, plain,
-            K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, False, SOFTCAP, COUNT, PRECISION,
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
+            middle, plain, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            False, True, False, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, plain, tail,
-            K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, False, True, True, SOFTCAP, COUNT, PRECISION,
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
+            plain, tail, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            False, True, True, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, tail, end,
-        K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN, True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
+        tail, end, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + i_h).to(tl.float32) * 1.4426950408889634

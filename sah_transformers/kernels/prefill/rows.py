@@ -1,7 +1,13 @@
-"""Triton: what a tile of query rows sees, and which of it the bands hold."""
+"""Triton: what a tile of query rows sees, which of it the bands hold, and its scores."""
 
 import triton
 import triton.language as tl
+
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
+"""The least finite float32."""
+
+ALL = tl.constexpr(2147483647)
+"""Where a row takes all keys equal to its cut, the number of them that it takes."""
 
 
 @triton.jit
@@ -59,3 +65,16 @@ def load_columns(p_k, o_n, i_n, K, stride_k, D: tl.constexpr, BD: tl.constexpr, 
 def products(b_q, b_k, PRECISION: tl.constexpr):
     """q·k in float32: every kernel computes it here, so that a score has the same bits in each of them."""
     return tl.dot(b_q, b_k, input_precision=PRECISION)
+
+
+@triton.jit
+def ordered(b_s):
+    """Float32 as int32 of the same order; -0 counts as +0."""
+    b_i = (b_s + 0.0).to(tl.int32, bitcast=True)
+    return b_i ^ ((b_i >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def restored(b_i):
+    """The float32 of an ``ordered`` int32."""
+    return (b_i ^ ((b_i >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

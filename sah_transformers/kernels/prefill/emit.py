@@ -1,0 +1,158 @@
+"""Triton, stage 2 of a cut: all scores, those inside the bracket written out, those at or above its low counted."""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.prefill.rows import (
+    SMALLEST,
+    band_bounds,
+    load_columns,
+    load_rows,
+    products,
+    visible_keys,
+)
+
+
+@triton.jit
+def write_between(
+    b_s, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM: tl.constexpr, SIZE: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Append the scores in ``[low, high]`` of ``b_s`` ``[BM, 4, SIZE]`` to the rows' four lists.
+
+    A quarter of a row is what one thread holds of it in a matrix unit's result: no thread waits for another. Stores
+    are the cost, so the last three scores wait in registers and four are stored together: of a row's lists, bytes
+    ``64 i + 16 quarter + (0..15)`` hold scores 4i to 4i + 3. ``b_end``: byte 64 i + 16 j for a count of 4i + j. In
+    Triton's words every score would first move to another thread, hence the assembler (not for the interpreter).
+    """
+    if SIZE == 1:
+        b_x = tl.reshape(b_s, [BM, 4])
+        if ASM:
+            b_end, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+                """{ .reg .pred p, w; .reg .b64 a; .reg .b32 t;
+                setp.ge.f32 p, $4, $5;
+                setp.le.and.f32 p, $4, $6, p;
+                mov.b32 $0, $7;
+                @p add.s32 $0, $0, 16;
+                and.b32 t, $0, 48;
+                setp.eq.and.s32 w, t, 0, p;
+                cvt.u64.u32 a, $0;
+                add.u64 a, a, $11;
+                @w st.global.v4.f32 [a + -64], {$4, $8, $9, $10};
+                mov.b32 $1, $8; mov.b32 $2, $9; mov.b32 $3, $10;
+                @p mov.b32 $3, $9; @p mov.b32 $2, $8; @p mov.b32 $1, $4; }""",
+                "=&r,=&f,=&f,=&f,f,f,f,r,f,f,f,l",
+                [b_x, b_low, b_high, b_end, b_1, b_2, b_3, p_list.to(tl.int64)],
+                dtype=(tl.int32, tl.float32, tl.float32, tl.float32),
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            m_x = (b_x >= b_low) & (b_x <= b_high)
+            tl.store(p_list + b_end // 64 * 16 + b_end // 16 % 4, b_x, mask=m_x)
+            b_end += m_x.to(tl.int32) * 16
+        return b_end, b_1, b_2, b_3
+    else:
+        b_left, b_right = tl.split(tl.reshape(b_s, [BM, 4, SIZE // 2, 2]))
+        b_end, b_1, b_2, b_3 = write_between(b_left, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM, SIZE // 2, ASM)
+        return write_between(b_right, b_low, b_high, p_list, b_end, b_1, b_2, b_3, BM, SIZE // 2, ASM)
+
+
+@triton.jit
+def emit_tiles(
+    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, i_first,
+    i_last, K, stride_k, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
+
+    From ``b_full`` on a list may not hold what a tile adds: its end is then overwritten and its row settled later.
+    """
+    o_n = tl.arange(0, BN)
+    for i_n in range(i_first, i_last, BN):
+        i_n = tl.multiple_of(i_n, BN)
+        b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
+        b_s = products(b_q, b_k, PRECISION)
+        if EDGE:
+            o_k = i_n + o_n
+            m_s = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
+        b_over = tl.maximum(b_end - b_full, 0)
+        b_lost += b_over
+        b_reached += tl.sum((b_s >= b_low[:, :, None]).to(tl.float32), 2)
+        b_end, b_1, b_2, b_3 = write_between(
+            b_s, b_low, b_high, p_list, b_end - b_over, b_1, b_2, b_3, BM, BN // 4, ASM
+        )
+    return b_end, b_reached, b_lost, b_1, b_2, b_3
+
+
+@triton.jit
+def emit_kernel(
+    q, k, lows, highs, lists, list_counts, list_reached,
+    i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
+    first, first_bits, last, last_bits, capacity,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr, PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
+
+    ``lists`` ``[B*H, rows, capacity * 4]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
+    the bracket (negative where the list was too short) and how many at or above its lower end.
+    """
+    i_t = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_r = i_t * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    o_q = i_first + o_r
+    b_n = tl.where(m_r, visible_keys(o_q, Q, K, CAUSAL), 0)
+    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_low = tl.where(m_r, SMALLEST, float("inf"))
+    b_high = tl.full([BM], float("inf"), tl.float32)
+    if BRACKET:
+        b_low = tl.load(lows + i_bh * rows + o_r, mask=m_r, other=float("inf"))
+        b_high = tl.load(highs + i_bh * rows + o_r, mask=m_r, other=float("inf"))
+    b_low, b_high = b_low[:, None], b_high[:, None]
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
+    p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+    o_l = tl.arange(0, 4)
+    o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
+    p_list = lists + o_l[None, :] * 4
+    b_first = ((i_bh * rows + o_r)[:, None] * capacity * 16 + o_l[None, :] * 0).to(tl.int32)
+    b_full = b_first + (capacity - BN // 4) * 16
+    b_end = b_first
+    begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
+    end = tl.max(tl.where(b_start > b_stop, b_start, 0), 0)
+    begin = tl.minimum(begin, end) // BN * BN
+    inner = tl.cdiv(tl.max(b_stop, 0), BN) * BN
+    inner_end = tl.min(tl.where(m_r, b_start, 2147483647), 0) // BN * BN
+    inner = tl.maximum(tl.minimum(inner, tl.cdiv(end, BN) * BN), begin)
+    inner_end = tl.maximum(inner_end, inner)
+    b_reached = tl.zeros([BM, 4], tl.float32)
+    b_lost = tl.zeros([BM, 4], tl.int32)
+    b_1 = tl.zeros([BM, 4], tl.float32)
+    b_2 = tl.zeros([BM, 4], tl.float32)
+    b_3 = tl.zeros([BM, 4], tl.float32)
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
+        begin, inner, K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
+    )  # fmt: skip
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
+        inner, inner_end, K, stride_kk, D, BD, BM, BN, False, PRECISION, ASM,
+    )  # fmt: skip
+    b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
+        inner_end, end, K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
+    )  # fmt: skip
+    if ASM:  # the scores that still wait
+        b_wait = tl.where(m_r[:, None], b_end // 16 % 4, 0)
+        p_last = p_list + b_end // 64 * 16
+        tl.store(p_last, b_1, mask=b_wait > 0)
+        tl.store(p_last + 1, b_2, mask=b_wait > 1)
+        tl.store(p_last + 2, b_3, mask=b_wait > 2)
+    b_count = (b_end - b_first + b_lost) // 16
+    tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
+    tl.store(list_reached + o_c, b_reached.to(tl.int32), mask=m_r[:, None])
