@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 256
+MAX_HEADS = 4096
+"""Beyond it the lists of a single query of each head could pass 2 GiB, which is what ``emit_kernel`` addresses."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 __all__ = ["prefill", "why_not"]
 
 
 def why_not(call: Call) -> str:
     """Why the kernels cannot take this call; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     stack = stack_of([masker.describe() for masker in call.maskers])
     if isinstance(stack, str):
@@ -81,6 +85,8 @@ def _why_not_best(call: Call, stack: Stack) -> str:
         return "keys are ranked per KV head"
     if call.context.scaling <= 0:
         return "the scaling is not positive"
+    if call.shape[0] * call.shape[1] > MAX_HEADS:
+        return f"batch times heads is beyond {MAX_HEADS:,}"
     return ""
 
 
