@@ -354,9 +354,7 @@ def test_merge_takes_the_wider_dtype(left, right):
     for merged in (narrow.merge_mask(wide), wide.merge_mask(narrow)):
         assert merged.dtype == torch.float64
         assert merged.get_dense_mask().dtype == torch.float64
-        assert merged.get_dense_mask().flatten().tolist() == [
-            min(1.0, x + y) for x, y in zip(wa, wb, strict=True)
-        ]
+        assert merged.get_dense_mask().flatten().tolist() == [min(1.0, x + y) for x, y in zip(wa, wb, strict=True)]
 
 
 def test_inverse_weights_are_exact_for_tiny_weights():
