@@ -57,7 +57,6 @@ class Visibility:
             indices.dim() != 3 or indices.shape[1] != queries or indices.shape[0] not in (1, batch)
         ):
             raise ValueError(f"indices must have shape [{batch}, {queries}, n], got {list(indices.shape)}")
-            position_bias = position_bias.expand(-1, -1, queries, -1)
         self.position_bias, self.indices = position_bias, indices
 
     def reach(self, stop: int) -> int:

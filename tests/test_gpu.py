@@ -95,7 +95,7 @@ def test_a_model_generates_like_dense_where_everything_is_selected(dtype):
         assert torch.equal(steps["dense", "dynamic"], steps["causal", "static"])
 
 
-@pytest.mark.parametrize("stack", ["windows", "top-k", "top-k group", "top-p"])
+@pytest.mark.parametrize("stack", ["windows", "top-k"])
 def test_a_model_generates_the_same_on_the_kernels_as_on_the_reference(stack):
     """Prompt and decode steps, in float32: the same tokens, and recording changes none."""
     torch.manual_seed(1)
@@ -105,10 +105,10 @@ def test_a_model_generates_the_same_on_the_kernels_as_on_the_reference(stack):
     ids = torch.randint(1, 200, (2, 300), device="cuda")
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     tokens = {}
-    for kernel in ("reference", "auto"):
+    for kernel in ("reference", "triton"):
         sah_transformers.enable(model, {"maskers": STACKS[stack], "kernel": kernel})
         tokens[kernel] = model.generate(ids, **options)
-    assert torch.equal(tokens["auto"], tokens["reference"])
+    assert torch.equal(tokens["triton"], tokens["reference"])
     with sah_transformers.record(model) as log:
         assert torch.equal(model.generate(ids, **options), tokens["reference"])
     assert 0 < log.mean("density", "decode") <= 1
