@@ -127,7 +127,7 @@ class TopKMasker(ScoredMasker):
         scores = self.row_scores(rows)
         exact = exact or scores.dtype == torch.float64
         margin = None if exact else 2 * self.score_error(rows, scores)
-        if self.config.gqa == "head" or rows.group_size == 1:
+        if self.config.gqa == "head":
             candidates, counts, estimates = rows.candidates(active), rows.counts, scores
         else:
             candidates, counts = self.group_candidates(rows, active), group_counts(rows)

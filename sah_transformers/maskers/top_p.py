@@ -46,7 +46,7 @@ class TopPMasker(ScoredMasker):
         exact = exact or scores.dtype == torch.float64
         error = None if exact else self.score_error(rows, scores)
         total = self.config.coverage == "total"
-        grouped = self.config.gqa == "group" and rows.group_size > 1
+        grouped = self.config.gqa == "group"
         candidates = self.group_candidates(rows, active) if grouped else rows.candidates(active)
         if grouped:
             mass = self.group_mass(rows, scores)
