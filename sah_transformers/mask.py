@@ -143,10 +143,13 @@ class Mask:
         return cls(_kept(form, mask_type))
 
     @classmethod
-    def from_dense_unchecked(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Mask:
+    def from_dense_unchecked(
+        cls, tensor: Tensor, dtype: torch.dtype = torch.float32, shape: Sequence[int] | None = None
+    ) -> Mask:
         """A dense mask around `tensor [..., n]`: bool (True = weight 1, the cheap case) or weights in [0, 1].
-        Neither checked nor copied, no synchronisation; `dtype` is that of the weights handed out."""
-        return cls(DenseForm(tuple(tensor.shape), dtype, tensor.device, tensor))
+        Neither checked nor copied, no synchronisation; `dtype` is that of the weights handed out; `shape` that of
+        the mask where the tensor is only broadcastable to it."""
+        return cls(DenseForm(tuple(tensor.shape if shape is None else shape), dtype, tensor.device, tensor))
 
     @property
     def form(self) -> Form:

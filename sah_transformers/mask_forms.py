@@ -62,6 +62,10 @@ class Form:
         """Weight > 0, bool `[..., n]`."""
         return self.dense() > 0
 
+    def compact(self) -> Tensor:
+        """Weight > 0, bool, broadcastable to `[..., n]`: rows that are alike need not be written out."""
+        return self.active()
+
     def index(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(indices, ptr, data)` of the active positions: flat int64 `[nnz]` ascending, int64 `[rows + 1]`,
         weights `[nnz]` in `dtype` (None = ones)."""
@@ -128,7 +132,7 @@ class EmptyForm(UniformForm):
 
 @dataclass(frozen=True, eq=False)
 class DenseForm(Form):
-    """`tensor [..., n]`: weights in any real dtype, or bool (True = weight 1)."""
+    """`tensor`, broadcastable to `[..., n]`: weights in any real dtype, or bool (True = weight 1)."""
 
     tensor: Tensor
     name = "dense"
@@ -138,10 +142,20 @@ class DenseForm(Form):
         return self.tensor.dtype == torch.bool
 
     def dense(self) -> Tensor:
-        return self.tensor.to(self.dtype)
+        weights = self.tensor.to(self.dtype)
+        return weights if tuple(weights.shape) == self.shape else weights.expand(self.shape)
 
     def active(self) -> Tensor:
-        return self.tensor if self.unit else self.dense() > 0
+        active = self.compact()
+        return active if tuple(active.shape) == self.shape else active.expand(self.shape)
+
+    def compact(self) -> Tensor:
+        return self.tensor if self.unit else self.tensor.to(self.dtype) > 0
+
+    def merge(self, other: Form) -> Form | None:
+        if not (isinstance(other, DenseForm) and self.unit and other.unit):
+            return None
+        return replace(self, tensor=self.tensor | other.tensor)
 
 
 @dataclass(frozen=True, eq=False)

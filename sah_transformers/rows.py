@@ -95,12 +95,22 @@ class Rows:
         Values at invisible keys are meaningless.
         """
         if "scores" not in self._cache:
-            scores = self._scores(self.queries, self.keys)
-            if scores.dtype == torch.float32 and not bool(scores.sum().isfinite()):
-                limit = torch.finfo(torch.float32).max  # scores beyond float32 stay finite, and equal
-                scores = self._scores(self.queries.double(), self.keys.double()).clamp(-limit, limit).float()
-            self._cache["scores"] = scores
+            self._cache["scores"] = self._scores(self.queries, self.keys)
         return self._cache["scores"]
+
+    def widen(self) -> bool:
+        """Compute scores that are beyond float32 again: they stay finite, and equal at its limits.
+
+        Returns:
+            Whether there were any.
+        """
+        scores = self.scores()
+        if scores.dtype != torch.float32 or bool(scores.sum().isfinite()):
+            return False
+        limit = torch.finfo(torch.float32).max
+        wide = self._scores(self.queries.double(), self.keys.double())
+        self._cache["scores"] = wide.clamp(-limit, limit).float()
+        return True
 
     def _scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         scores = scores_of(queries, keys, self.context)
@@ -211,5 +221,8 @@ def _half_on_cuda(queries: torch.Tensor, keys: torch.Tensor) -> bool:
 
 def scores_of(queries: torch.Tensor, keys: torch.Tensor, ctx: Context) -> torch.Tensor:
     """``softcap(scaling * q·k)``, ``[B, H, q, K]`` in at least float32."""
-    scores = dot(queries, keys).mul_(ctx.scaling)
+    if queries.dtype == torch.float32:
+        scores = dot(queries * ctx.scaling, keys)  # one pass over the scores less
+    else:  # float64 decides ties: scaling the queries first would round their products apart
+        scores = dot(queries, keys).mul_(ctx.scaling)
     return scores if ctx.softcap is None else ctx.softcap * torch.tanh(scores / ctx.softcap)

@@ -70,7 +70,7 @@ class Masker(ABC):
 
         Args:
             rows: the block of rows.
-            active: bool ``[B, H, q, K]``, keys that earlier maskers of the stack made active, or None for none.
+            active: bool ``[B|1, H|1, q|1, K]``, keys that earlier maskers of the stack made active, or None for none.
 
         Returns:
             ``[B|1, H|1, q, K]``: bool (weight 1) or float weights in [0, 1], zero at invisible keys.
@@ -99,10 +99,10 @@ class Masker(ABC):
 
     def extend(self, rows: Rows, mask: Mask) -> Mask:
         """``mask`` (``[B, H, q, K]``) plus this masker's selection for ``rows``."""
-        active = None if mask.form.name == "empty" else mask.active()
+        active = None if mask.form.name == "empty" else mask.form.compact()
         with torch.no_grad():
             selected = self.select(rows, active)
-        return mask.merge_mask(Mask.from_dense_unchecked(selected.expand(rows.shape)))
+        return mask.merge_mask(Mask.from_dense_unchecked(selected, shape=rows.shape))
 
     def add_mask(
         self,

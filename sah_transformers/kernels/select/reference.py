@@ -39,17 +39,20 @@ def select_top_k(
     most = min(most, size)
     if candidates is not None:
         estimates = estimates.masked_fill(~candidates, LOWEST)
-    best = torch.topk(estimates, most, dim=-1).values
-    if best[..., 0].isnan().any():  # topk ranks NaN first
+    best = torch.topk(estimates, min(most + (margin is not None), size), dim=-1).values
+    broken = ~best[..., :1].isfinite() & (best[..., :1] != LOWEST)  # beyond float32; topk ranks NaN first
+    if bool(broken.any()):
         estimates = estimates.nan_to_num(nan=LOWEST, posinf=float("inf"), neginf=LOWEST)
-        best = torch.topk(estimates, most, dim=-1).values
-    index = (budget.clamp(max=most) - 1).expand(*best.shape[:-1], 1)
-    cut = best.gather(-1, index)
+        best = torch.topk(estimates, best.shape[-1], dim=-1).values
+    index = budget.clamp(max=most).expand(*best.shape[:-1], 1)
+    cut = best.gather(-1, index - 1)
     if margin is not None:
-        selected = estimates >= torch.where(cut == LOWEST, cut, cut - margin)
-        if candidates is not None:
+        edge = torch.where(cut == LOWEST, cut, cut - margin)
+        selected = estimates >= edge
+        if candidates is not None and bool((edge == LOWEST).any()):  # fewer candidates than the budget
             selected &= candidates
-        undecided = selected.sum(-1, keepdim=True) > budget
+        following = best.gather(-1, index.clamp(max=best.shape[-1] - 1))
+        undecided = ((following >= edge) & (following > LOWEST) & (index < best.shape[-1])) | broken
         return selected, undecided.squeeze(-1) if bool(undecided.any()) else None
     above = estimates > cut
     equal = estimates == cut
