@@ -67,7 +67,7 @@ class Log:
         self.masks: dict[int, list[Mask]] = {}
 
     def mean(self, metric: str, phase: str | None = None, layer: int | None = None) -> float:
-        """Mean of a metric over the sparse calls of a phase and layer (None = all); nan where there are none.
+        """Mean of a metric over the sparse calls of a phase and layer (None = all); nan where all were dense.
 
         Raises:
             ValueError: for an unknown metric.

@@ -51,7 +51,8 @@ class MaskerRegistry:
             ValueError: naming the nearest known tag.
         """
         if not isinstance(tag, str) or tag not in cls._configs:
-            raise ValueError(unknown_name(tag, "masker type", cls._configs))
+            hint = " (one of your own: import the module that registers it first)"
+            raise ValueError(unknown_name(tag, "masker type", cls._configs) + hint)
         return cls._configs[tag]
 
     @classmethod
