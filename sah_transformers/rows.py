@@ -139,6 +139,17 @@ class Rows:
             self._cache["score_error"] = error.nan_to_num(nan=float("inf"), posinf=float("inf"))
         return self._cache["score_error"]
 
+    def exact_scores(self, index: torch.Tensor) -> torch.Tensor:
+        """``scores()`` at the positions ``[n, 4]`` (batch, head, row, key), in float64 rounded to float32, ``[n]``."""
+        b, h, i, k = index.unbind(-1)
+        products = self.queries[b, h, i].double() * self.keys[b, h // self.group_size, k].double()
+        scores = products.sum(-1) * self.context.scaling
+        if self.context.softcap is not None:
+            scores = self.context.softcap * torch.tanh(scores / self.context.softcap)
+        if self.bias is not None:
+            scores = scores + self.bias.expand(self.shape)[b, h, i, k].double()
+        return scores.float()
+
     def candidates(self, active: torch.Tensor | None) -> torch.Tensor | None:
         """Visible keys that are not yet active, bool ``[B|1, H|1, q, K]``; None = all keys."""
         if active is None:

@@ -94,6 +94,8 @@ def check_output(out, truth, case):
     scaling = case.options.get("scaling") or case.queries.shape[-1] ** -0.5
     size = (scaling * terms.numpy() + np.abs(truth.score))[active].max(initial=0.0)
     usual = max(usual, 2.0**-24 * (size + 8) * float(case.values.abs().max()))
+    exact = error(eager(case, truth, torch.float64))  # but for its float32 softmax
+    assert exact <= 2.0**-21 * (size + 8) * float(case.values.abs().max()), "the loop and the formula disagree"
     rounding = max(torch.finfo(dtype).eps, 2.0**-23) * np.abs(truth.out).max()
     assert error(out) <= 2 * (usual + rounding), f"{error(out)} > 2 * ({usual} + {rounding}) in {case}"
 
@@ -224,6 +226,28 @@ def test_many_rows_at_once():
         {"type": "oracle_top_p", "top_p": 0.3, "gqa": "group"},
     ]
     check(case)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3, 128**-0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_sums_that_cancel_tie_under_any_scaling(dtype, scaling):
+    """`scaling * (q.k)`: products that add up to zero are ties, also where a scaled query would round."""
+    generator = torch.Generator().manual_seed(5)
+    half = torch.randint(-40, 41, (2, 4, 17, 8), generator=generator).to(dtype)
+    queries = torch.cat([half, half], dim=-1)
+    half = torch.randint(-999, 1000, (2, 2, 64, 8), generator=generator).to(dtype)
+    keys = torch.cat([half, -half], dim=-1)
+    keys[:, :, ::5, 0] += 1  # every fifth key scores, positive or negative, the others exactly 0
+    values = torch.randn(2, 2, 64, 4, generator=generator).to(dtype)
+    stacks = [
+        [{"type": "oracle_top_k", "heavy_size": 0.29}, {"type": "oracle_top_k", "heavy_size": 0.05}],
+        [{"type": "sink", "sink_size": 3}, {"type": "oracle_top_k", "heavy_size": 0.5, "gqa": "group"}],
+        [{"type": "oracle_top_k", "heavy_size": 2}, {"type": "oracle_top_p", "top_p": 0.1}],
+    ]
+    for stack in stacks:
+        case = SimpleNamespace(queries=queries, keys=keys, values=values, maskers=stack)
+        case.options = {"attention_mask": None, "scaling": scaling}
+        assert check(case).sure.all()
 
 
 def giants(dtype):

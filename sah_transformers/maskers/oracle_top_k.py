@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,9 @@ class OracleTopK(TopKMasker):
 
     def score_error(self, rows: Rows, scores: torch.Tensor) -> torch.Tensor:
         return rows.score_error()
+
+    def rescore(self, rows: Rows) -> Callable[[torch.Tensor], torch.Tensor]:
+        return rows.exact_scores
 
     def describe(self) -> Selection:
         return Best(self.config.heavy_size, self.config.gqa == "group")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -135,9 +136,14 @@ class TopKMasker(ScoredMasker):
             margin = None if margin is None else self.group_margin(rows, estimates, margin)
         if exact:
             estimates = estimates.float()
+        rescore = self.rescore(rows) if self.config.gqa == "head" else None
         budget = resolve_budget(self.config.heavy_size, counts)
         bound = most(self.config.heavy_size, rows.shape[-1])
-        return select_top_k(estimates, candidates, budget, max(1, bound), margin)
+        return select_top_k(estimates, candidates, budget, max(1, bound), margin, rescore)
+
+    def rescore(self, rows: Rows) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What computes the exact estimates ``[n]`` at single positions ``[n, 4]``; None redoes whole rows instead."""
+        return None
 
     def group_margin(self, rows: Rows, mass: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
         """Margin ``[B, G, q, 1]`` of the summed estimates from that of the heads' scores ``[B, H, q, 1]``."""
