@@ -92,6 +92,8 @@ class SparseAttentionConfig:
         if not isinstance(data, Mapping):
             raise ValueError(f"sparse_attention must be a mapping of fields, got {data!r}")
         known = [f.name for f in dataclasses.fields(cls)]
+        if "type" in data and "maskers" not in data:
+            raise ValueError(f"sparse_attention must be a mapping of fields or a list of maskers{_lone(data)}")
         for name in data:
             if name not in known:
                 raise ValueError(unknown_name(name, "field of sparse_attention", known))
@@ -123,7 +125,7 @@ class SparseAttentionConfig:
             return cls(maskers=tuple(value))
         raise ValueError(
             "sparse_attention must be a dict, a list of maskers, a preset's name, a path or a "
-            f"SparseAttentionConfig, got {value!r}"
+            f"SparseAttentionConfig, got {value!r}{_lone(value)}"
         )
 
     def stack_of(self, layer_idx: int, num_layers: int) -> Stack:
@@ -177,7 +179,7 @@ def _beyond(where: str, num_layers: int) -> bool:
 def parse_stack(stack: Any, path: str) -> Stack:
     """Masker configs of a list of configs, dicts or maskers; errors start with the culprit's path."""
     if isinstance(stack, str | bytes | Mapping | MaskerConfig | Masker) or not isinstance(stack, Sequence):
-        raise ValueError(f"{path} must be a list of maskers, got {stack!r}")
+        raise ValueError(f"{path} must be a list of maskers, got {stack!r}{_lone(stack)}")
     configs = []
     for i, item in enumerate(stack):
         try:
@@ -185,6 +187,15 @@ def parse_stack(stack: Any, path: str) -> Stack:
         except ValueError as error:
             raise ValueError(f"{path}[{i}]{_joint(str(error))}{error}") from None
     return tuple(configs)
+
+
+def _lone(value: Any) -> str:
+    """A hint for one masker where a list of them is expected."""
+    if isinstance(value, Masker | MaskerConfig):
+        return "; put it into a list: [...]"
+    if isinstance(value, Mapping) and "type" in value:
+        return f"; one masker is written as a list too: [{json.dumps(dict(value), default=str)}]"
+    return ""
 
 
 def _joint(message: str) -> str:

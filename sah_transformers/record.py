@@ -240,19 +240,26 @@ def record(model: torch.nn.Module, masks: Collection[int] = ()) -> Iterator[Log]
         The ``Log``.
 
     Raises:
-        ValueError: when the model has no attention layer to record.
+        ValueError: when the model has no attention layer to record, or attends densely (nothing was enabled).
 
     Example:
         >>> with record(model) as log:
         ...     model.generate(**inputs)
         >>> print(log)
     """
+    from sah_transformers.integration.config_property import NAME, sparse_data
     from sah_transformers.integration.models import attention_modules
     from sah_transformers.integration.plan import plan_of
 
     modules = [module for _, module in attention_modules(model)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no attention layer that sah_transformers can record")
+    configs = [module.config for module in modules]
+    if all(sparse_data(one) is None or one._attn_implementation != NAME for one in configs):
+        raise ValueError(
+            f"{type(model).__name__} attends densely, there is nothing to record: "
+            "sah_transformers.enable(model, ...) first (maskers [] measures dense attention itself)"
+        )
     log = Log()
     recorder = Recorder(log, masks, plan_of(modules[0]).decode_max_queries)
     before = [module.__dict__.get("_sah_recorder") for module in modules]

@@ -147,7 +147,26 @@ def test_generate_uses_what_the_saved_model_holds(folder, tmp_path):
     assert "sink + oracle_top_k" in sah("generate", tmp_path, "hi" * 30, "--record", "--max-new-tokens", 2)
 
 
+def test_generate_without_a_stack_fails_before_weights_are_read(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert "nothing to make sparse: give --sparse" in sah("generate", tmp_path, "hi", code=2)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "nothing to make sparse: give --sparse" in sah("generate", tmp_path / "model.gguf", "hi", code=2)
+
+
 # errors
+
+
+@pytest.mark.parametrize("name", ["smolm2", "smollm", "SmolLM2", "smollm-2"])
+def test_a_misspelt_smollm2_is_not_sought_on_a_hub(name, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *a, **k: 1 / 0)
+    for command in (["generate", name, "hi"], ["check", name], ["demo", "--model", name]):
+        assert f"there is no {name!r}, did you mean 'smollm2'?" in sah(*command, code=2)
+
+
+def test_hub_ids_are_left_alone():
+    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct", "distilgpt2"):
+        assert models.locate(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -158,6 +177,7 @@ def test_generate_uses_what_the_saved_model_holds(folder, tmp_path):
         ('[{"type": "sink"', "cannot be read as JSON"),
         ("missing.yaml", "no such file: missing.yaml"),
         ('{"maskers": [], "keys": 3}', "unknown field"),
+        ('{"type": "sink", "sink_size": 4}', '[{"type": "sink", "sink_size": 4}]'),
     ],
 )
 def test_wrong_sparse_is_refused_before_the_model_is_read(sparse, message):

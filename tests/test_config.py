@@ -109,6 +109,25 @@ def test_wrong_configs_name_the_culprit(given):
         assert part in str(caught.value)
 
 
+LONE = {
+    "as the whole": lambda one: one,
+    "as the stack": lambda one: {"maskers": one},
+    "as the prefill": lambda one: {"prefill": one},
+    "as a layer's stack": lambda one: {"layers": {"2": one}},
+}
+
+
+@pytest.mark.parametrize("place", LONE.values(), ids=LONE)
+def test_a_lone_masker_is_shown_as_a_list(place):
+    with pytest.raises(ValueError, match="list of maskers") as caught:
+        parse(place(sink()))
+    listed = json.loads(re.search(r"\[\{.*\}\]", str(caught.value)).group(0))
+    assert listed == [sink()]
+    assert parse(listed).maskers == parse([sink()]).maskers
+    with pytest.raises(ValueError, match=r"put it into a list: \[\.\.\.\]"):
+        parse(place(MaskerRegistry.config_from(sink())))
+
+
 NO_BUDGET = [True, False, math.nan, math.inf, 1.5, 0, 0.0, -1, -0.5, "5", "0.05", None, [1]]
 
 

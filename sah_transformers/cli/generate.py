@@ -31,14 +31,12 @@ def generate(
     from sah_transformers.integration import disable
     from sah_transformers.record import record as recording
 
-    config = None if sparse is None else models.parse_sparse(sparse, prefill)
+    stack = models.held_sparse(model) if sparse is None else sparse
+    if stack is None:
+        raise WrongUse("nothing to make sparse: give --sparse (see 'sah presets')")
+    config = models.parse_sparse(stack, prefill)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded, tokenizer = models.load(model, dtype, device)
-    if config is None:
-        held = getattr(loaded.config, "sparse_attention", None)
-        if held is None:
-            raise WrongUse("nothing to make sparse: give --sparse (see 'sah presets')")
-        config = models.parse_sparse(held, prefill)
     models.enable(loaded, config)
     if chat and not tokenizer.chat_template:
         raise WrongUse("--chat: this model has no chat template; use --raw")

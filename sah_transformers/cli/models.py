@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import json
@@ -34,7 +35,7 @@ def locate(model: str) -> Place:
     """Where the model lies.
 
     Raises:
-        WrongUse: for a path that does not exist; for ``smollm2`` where its package is missing.
+        WrongUse: for a path that does not exist; for ``smollm2`` misspelt, or where its package is missing.
     """
     if model == "smollm2":
         path = smollm2_file()
@@ -50,6 +51,8 @@ def locate(model: str) -> Place:
         return Place(str(path))
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise WrongUse(f"MODEL: no such folder: {model}")
+    if "/" not in model and difflib.get_close_matches(model.lower(), ["smollm2"], cutoff=0.7):
+        raise WrongUse(f"MODEL: there is no {model!r}, did you mean 'smollm2'?")
     return Place(model)
 
 
@@ -123,6 +126,22 @@ def build_without_weights(model: str) -> Any:
         config = AutoConfig.from_pretrained(place.name, **place.keywords())
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+
+
+def held_sparse(model: str) -> dict[str, Any] | None:
+    """The ``sparse_attention`` that the model's configuration holds, if any; reads no weights.
+
+    Raises:
+        WrongUse: for a model that does not exist.
+        Failed: when Transformers cannot read its configuration.
+    """
+    place = locate(model)
+    if place.gguf:
+        return None  # the format has no field for it
+    with spinner(f"reading the configuration of {model}"), _quiet(place), _failures(model):
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(place.name), "sparse_attention", None)
 
 
 def enable(model: Any, config: SparseAttentionConfig) -> None:
