@@ -12,7 +12,7 @@ help:
 	@echo "make slow         the tests that take minutes"
 	@echo "make test-oldest  the core tests on the oldest supported Transformers"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        memory, time and a decode step on this machine"
+	@echo "make bench        sah bench, then memory and a decode step of a real model"
 	@echo "make clean        remove both environments"
 
 demo: install
@@ -35,6 +35,7 @@ types: install
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/sah bench
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.decode_step
 

@@ -2,6 +2,7 @@
 
 import typer
 
+from sah_transformers.cli.bench import bench
 from sah_transformers.cli.check import check
 from sah_transformers.cli.demo import demo
 from sah_transformers.cli.generate import generate
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, demo, presets, check, show):
+for command in (generate, demo, presets, check, show, bench):
     app.command()(errors_in_one_line(command))
 
 __all__ = ["app"]
