@@ -433,3 +433,9 @@ def test_sides_take_turns():
     times = timing.compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, cuda=False, seconds=0.0)
     assert order == ["a", "b"] * (1 + timing.LEAST)
     assert times["a"].method == "clock"
+
+
+def test_calls_back_to_back_must_give_the_same():
+    left = [torch.ones(3) * i for i in range(9)]
+    with pytest.raises(RuntimeError, match="back to back"):
+        timing.compare({"a": left.pop}, cuda=False, seconds=0.0, expected=torch.ones(3) * 8)

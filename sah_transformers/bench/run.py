@@ -14,7 +14,7 @@ from sah_transformers.bench.check import Checked, CheckFailed, check_attention, 
 from sah_transformers.bench.dense import dense_functions
 from sah_transformers.bench.inputs import Tensors, call_of, previous_mask, tensors
 from sah_transformers.bench.suites import AT_MOST, Case
-from sah_transformers.bench.timing import Function, Times, compare, first_call, host_us, stage_us
+from sah_transformers.bench.timing import SECONDS, Function, Times, compare, first_call, host_us, stage_us
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.selections import First, Last
 
@@ -124,9 +124,8 @@ def _attention(result: Result, setup: Setup) -> None:
     if extra is not None:
         result.measures["extra_mib"] = extra
     result.checked = check_attention(case, inputs, call, out)
-    del out
     dense = dense_functions(inputs)
-    _time(result, setup, ours, dense, _attention_bytes(case, inputs, result.checked.kept))
+    _time(result, setup, ours, dense, _attention_bytes(case, inputs, result.checked.kept), out)
 
 
 def _add_mask(result: Result, setup: Setup) -> None:
@@ -145,8 +144,10 @@ def _add_mask(result: Result, setup: Setup) -> None:
     _time(result, setup, ours, {}, moved)
 
 
-def _time(result: Result, setup: Setup, ours: Function, dense: dict[str, Any], moved: int) -> None:
-    times = compare({"ours": ours, **dense}, setup.cuda, *(() if setup.cuda else (CPU_SECONDS,)))
+def _time(
+    result: Result, setup: Setup, ours: Function, dense: dict[str, Any], moved: int, out: torch.Tensor | None = None
+) -> None:
+    times = compare({"ours": ours, **dense}, setup.cuda, SECONDS if setup.cuda else CPU_SECONDS, out)
     result.ours = times.pop("ours")
     result.dense = times
     ms = result.ours.p50

@@ -37,8 +37,14 @@ class Times:
         return {name: float(f"{value:.4g}") for name, value in quantiles.items()} | {"method": self.method}
 
 
-def compare(functions: dict[str, Function], cuda: bool, seconds: float = SECONDS) -> dict[str, Times]:
-    """Times of each function, sampled in turns for about ``seconds`` in all."""
+def compare(
+    functions: dict[str, Function], cuda: bool, seconds: float = SECONDS, expected: torch.Tensor | None = None
+) -> dict[str, Times]:
+    """Times of each function, sampled in turns for about ``seconds`` in all.
+
+    Raises:
+        RuntimeError: when the first function, replayed back to back, does not give the bits ``expected`` of it.
+    """
     kind: type[Replay] | type[Clock] = Replay if cuda else Clock
     sides = {name: kind(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = defaultdict(list)
@@ -48,6 +54,9 @@ def compare(functions: dict[str, Function], cuda: bool, seconds: float = SECONDS
             samples[name].append(side.sample())
         if i + 1 >= LEAST and time.perf_counter() - start > seconds:
             break
+    first = next(iter(sides.values()))
+    if expected is not None and not torch.equal(first.result, expected):
+        raise RuntimeError("calls back to back give another result")
     return {name: _times(taken, sides[name].method) for name, taken in samples.items()}
 
 
@@ -63,12 +72,12 @@ class Clock:
 
     def __init__(self, function: Function):
         self.function = function
-        function()
+        self.result = function()
 
     def sample(self) -> float:
         """ms of one call."""
         start = time.perf_counter()
-        self.function()
+        self.result = self.function()
         return (time.perf_counter() - start) * 1e3
 
 
@@ -78,19 +87,27 @@ class Replay:
     def __init__(self, function: Function):
         self.once: Function = function
         self.calls = 1
+        self.result: Any = None
         side = torch.cuda.Stream()
         torch.cuda.synchronize()  # the side stream does not wait for the inputs
         with torch.cuda.stream(side):
             for _ in range(3):
-                function()
+                self.result = function()
             waits = _waits_for_device(function)
         torch.cuda.synchronize()
         self.method = "events" if waits else "graph"
         if not waits:
-            self.once = _captured(function, 1, side).replay
+            self._capture(function, 1, side)
             if min(self.sample() for _ in range(3)) < SHORT_MS:
-                self.once, self.calls = _captured(function, IN_A_ROW, side).replay, IN_A_ROW
+                self._capture(function, IN_A_ROW, side)
         self.once()
+
+    def _capture(self, function: Function, calls: int, side: torch.cuda.Stream) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                self.result = function()  # the last one's memory is written by each replay
+        self.once, self.calls = graph.replay, calls
 
     def sample(self) -> float:
         """ms of one call."""
@@ -100,14 +117,6 @@ class Replay:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / self.calls
-
-
-def _captured(function: Function, calls: int, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(calls):
-            function()
-    return graph
 
 
 def _waits_for_device(function: Function) -> bool:
