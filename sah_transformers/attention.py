@@ -273,7 +273,8 @@ def sparse_attention(
         dropout: share of the normalised weights to drop.
         layer_idx, head_offset: which layer and which global head the call starts at (per-layer side data, seeds).
         kernel: ``"reference"`` (PyTorch, any device), ``"triton"`` (raises for what the kernels do not cover) or
-            ``"auto"`` (in this version the reference).
+            ``"auto"``: on CUDA the Triton kernels where they cover the call and no mask is asked for, else the
+            reference.
         state: carries side data per key from call to call of the same sequences.
         return_mask: False returns ``out`` alone and builds no mask.
 

@@ -1,8 +1,10 @@
-"""Which kernel realises a call: the Triton ones where they are asked for, else the reference."""
+"""Which kernel realises a call: a Triton one where it covers the call, else the reference."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,20 +13,57 @@ from sah_transformers.kernels import decode, prefill
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
 
+logger = logging.getLogger(__name__)
+
+FAULTS = ("illegal memory access", "misaligned address", "launch failure", "assert")
+"""Errors of a running kernel: never taken for one that cannot be built."""
+
+_said: set[str] = set()
+_unbuildable: dict[tuple[Any, ...], str] = {}
+
 
 def fast_attention(call: Call) -> torch.Tensor | None:
     """Attention of all rows by a Triton kernel, ``[B, Q, H, Dv]``, or None where the reference has to do it.
 
-    ``"auto"`` takes the reference: in their present form the kernels have passed the interpreter's tests and the
-    benchmarks' checks on a GPU, but not yet the whole GPU test run that a default needs.
+    With ``"auto"`` a call on a CUDA device that no kernel takes, or whose kernel cannot be built there (an old GPU, too
+    little shared memory, no compiler), goes to the reference; the log names each reason once.
 
     Raises:
         ValueError: for ``kernel="triton"``, with the reason why no kernel takes the call.
     """
-    if call.kernel != "triton":
+    asked = call.kernel == "triton"
+    if not asked and not (call.kernel == "auto" and call.queries.is_cuda):
         return None
     few = call.queries.shape[2] <= decode.MOST_QUERIES
     reason = decode.why_not(call) if few else prefill.why_not(call)
-    if reason:
+    if asked and reason:
         raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
-    return decode.decode(call) if few else prefill.prefill(call)
+    kind = _kind(call, few)
+    reason = reason or ("" if asked else _unbuildable.get(kind, ""))
+    if not reason:
+        try:
+            return decode.decode_checked(call) if few else prefill.prefill(call)
+        except Exception as error:
+            if asked or not _cannot_be_built(error):
+                raise
+            reason = f"the kernel cannot be built here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            _unbuildable[kind] = reason
+    if reason not in _said:
+        _said.add(reason)
+        logger.warning("kernel 'auto' takes the reference: %s", reason)
+    return None
+
+
+def _kind(call: Call, few: bool) -> tuple[Any, ...]:
+    """Calls of one kind need the same kernels."""
+    described = tuple(masker.describe() for masker in call.maskers)
+    _, heads, _, dim = call.queries.shape
+    return few, described, call.queries.dtype, call.queries.device, heads, call.keys.shape[1], dim, call.values.shape[3]
+
+
+def _cannot_be_built(error: Exception) -> bool:
+    """Whether Triton failed to compile or load a kernel, as opposed to a fault of a running one or a lack of memory."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(fault in str(error) for fault in FAULTS):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__", "")).split(".")[0] == "triton" for frame, _ in frames)

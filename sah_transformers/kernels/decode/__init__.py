@@ -27,7 +27,7 @@ MOST_KEYS = 2**20
 MOST_SCRATCH = 2**30
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-__all__ = ["decode", "why_not"]
+__all__ = ["decode", "decode_checked", "why_not"]
 
 
 def why_not(call: Call) -> str:
@@ -85,6 +85,11 @@ def decode(call: Call) -> torch.Tensor:
     reason = why_not(call)
     if reason:
         raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
+    return decode_checked(call)
+
+
+def decode_checked(call: Call) -> torch.Tensor:
+    """``decode`` of a call that ``why_not`` has nothing against."""
     from sah_transformers.kernels.decode.kernel import Inputs, decode_rows
 
     sight = call.visibility

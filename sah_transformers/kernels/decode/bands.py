@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
-from sah_transformers.kernels.decode.score import capped
+from sah_transformers.kernels.decode.score import capped, precise_scores
 from sah_transformers.kernels.decode.values import weight_of
 
 
@@ -42,8 +42,8 @@ def bands_kernel(
     m_m = o_m < ROWS
     o_q, o_h, o_r = o_m % Q, i_g * (H // G) + o_m // Q, i_bg * ROWS + o_m
     o_d, o_e = tl.arange(0, BD), tl.arange(0, BDV)
-    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
     p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
     _, first_end, last_start = limits_of(
@@ -65,11 +65,15 @@ def bands_kernel(
         o_n = start + tl.arange(0, BN)
         o_k = tl.where(o_n < head, begin + o_n, tail + o_n - head)
         m_k = o_n < slots
-        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
-        b_k = tl.load(p_kt, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
         p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
         b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
-        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling, softcap, SOFTCAP)
+        if k.dtype.element_ty == tl.float32:
+            b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
+        else:
+            b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+        b_s = capped(b_s, softcap, SOFTCAP)
         m_s = m_k[None, :] & (o_k[None, :] < reach[:, None])
         m_s = m_s & ((o_k[None, :] < first_end[:, None]) | (o_k[None, :] >= last_start[:, None]))
         if MASKED:
@@ -81,7 +85,7 @@ def bands_kernel(
         b_new = tl.maximum(b_peak, tl.max(b_s, 1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_w = weight_of(b_s - b_safe[:, None], v.dtype.element_ty == tl.float32)
-        b_shrink = tl.exp(b_peak - b_safe)
+        b_shrink = weight_of(b_peak - b_safe, v.dtype.element_ty == tl.float32)
         b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
         b_total = b_total * b_shrink + tl.sum(b_w, 1)
         b_peak = b_new
@@ -98,6 +102,7 @@ def merge_kernel(
     BS: tl.constexpr,
 ):  # fmt: skip
     """One row: its parts, each relative to a peak of its own, become the output."""
+    PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BDV)
@@ -109,10 +114,10 @@ def merge_kernel(
         sink = tl.load(sinks + i_h).to(tl.float32)
         peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    b_w = tl.exp(b_peak - peak)
+    b_w = weight_of(b_peak - peak, PRECISE)
     total = tl.sum(tl.load(totals + p_s, mask=m_s, other=0.0) * b_w)
     if SINKS:
-        total += tl.exp(sink - peak)
+        total += weight_of(sink - peak, PRECISE)
     b_part = tl.load(sums + p_s[:, None] * DV + o_d[None, :], mask=m_s[:, None] & (o_d < DV)[None, :], other=0.0)
     b_out = tl.sum(b_part * b_w[:, None], 0) / tl.where(total > 0, total, 1.0)
     p_out = out + ((i_b * Q + i_q) * H + i_h).to(tl.int64) * DV + o_d

@@ -65,7 +65,7 @@ def combine_kernel(
         total += tl.sum(b_more)
     if SINKS:
         sink = tl.load(sinks + i_h).to(tl.float32)
-        total += tl.where(total > 0, tl.exp(tl.minimum(sink - peak, 80.0)), 0.0)
+        total += tl.where(total > 0, weight_of(tl.minimum(sink - peak, 80.0), out.dtype.element_ty == tl.float32), 0.0)
     b_out = b_acc / tl.where(total > 0, total, 1.0)
     p_out = out + ((i_b * Q + i_q) * H + i_h).to(tl.int64) * DV + o_d
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_d < DV)

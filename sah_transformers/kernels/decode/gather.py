@@ -104,7 +104,7 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "per_split", "sv_b", "sv_g"])
 def gather_group_kernel(
-    values, scores, ranking, cuts, bounds, stats, packed, weights, list_pos, list_val, list_count, sums, totals,
+    values, ranking, weights, cuts, bounds, packed, list_pos, list_val, list_count, sums, totals,
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
@@ -115,20 +115,14 @@ def gather_group_kernel(
     splits = tl.num_programs(0)
     E = B * G * Q
     i_bg = i_e // Q
-    PRECISE: tl.constexpr = values.dtype.element_ty == tl.float32
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < H // G
     o_r = (i_bg * (H // G) + o_m) * Q + i_e % Q
-    o_h = tl.arange(0, HEADS)[:, None]
-    m_h = o_h < H // G
-    o_hr = (i_bg * (H // G) + o_h) * Q + i_e % Q
-    peak = tl.load(stats + o_hr, mask=m_h, other=0.0)
-    p_s = scores + o_hr.to(tl.int64) * (stride * 16)
     cut = cut_of(i_e, E, cuts, bounds)
     p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
     p_e = ranking + i_e.to(tl.int64) * (stride * 16)
     p_mine = packed + (i_e.to(tl.int64) * splits + i_s) * CHUNK
-    p_w = weights + (i_e.to(tl.int64) * splits + i_s) * (H // G * CHUNK)
+    p_w = weights + i_e.to(tl.int64) * (stride * (16 * HEADS))
     b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BT], tl.float32)
     for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
         o_k = i_c * CHUNK + tl.arange(0, CHUNK)
@@ -140,19 +134,16 @@ def gather_group_kernel(
             keep_listed(b_e, o_k, m_listed, i_e, list_pos, list_val, list_count, LIST)
         count = counts & 65535
         tl.store(p_mine + b_rank, o_k, mask=m_taken)
-        m_hk = m_h & m_taken[None, :]
-        b_s = tl.load(p_s + o_k[None, :], mask=m_hk, other=float("-inf"))
-        tl.store(p_w + o_h * CHUNK + b_rank[None, :], weight_of(b_s - peak, PRECISE), mask=m_hk)
         tl.debug_barrier()
         for i_t in range(0, count, BT):
             o_t = i_t + tl.arange(0, BT)
             m_t = o_t < count
             o_v = tl.load(p_mine + o_t, mask=m_t, other=0)
-            b_w = tl.load(p_w + o_m[:, None] * CHUNK + o_t[None, :], mask=m_m[:, None] & m_t[None, :], other=0.0)
+            b_w = tl.load(p_w + o_v[None, :] * HEADS + o_m[:, None], mask=m_m[:, None] & m_t[None, :], other=0.0)
             p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
-            b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-            b_total += b_w
+            b_acc = tl.dot(b_w, b_v, b_acc, input_precision="ieee")
+            b_total += b_w.to(tl.float32)
         tl.debug_barrier()
     o_out = o_r.to(tl.int64) * splits + i_s
     tl.store(sums + o_out[:, None] * DV + o_d[None, :], b_acc, mask=m_m[:, None] & (o_d < DV)[None, :])

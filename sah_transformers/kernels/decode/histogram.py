@@ -4,20 +4,22 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of
-from sah_transformers.kernels.decode.values import fixed_mass, line_of, unit_of
+from sah_transformers.kernels.decode.values import fixed_mass, line_of, unit_of, weight_of
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
 def histogram_kernel(
-    scores, ranking, limits, lines, histogram, stats, aboves, masses,
+    scores, ranking, weights, limits, lines, histogram, stats, aboves, masses,
     K, B, stride, chunks, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASS: tl.constexpr, BINS: tl.constexpr, FIXED: tl.constexpr, COUNT_BITS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """One selection row and one chunk of keys.
 
     ``MASS``: bins hold ``mass << COUNT_BITS | count`` in int64; ``masses [E, chunks]`` is the mass above the bracket
-    relative to the peak. Else the summed softmax of the group's heads is written to ``ranking [E, stride]`` first.
+    relative to the peak. Else the summed softmax of the group's heads is written to ``ranking [E, stride]`` first, and
+    the heads' weights side by side to ``weights [E, stride, HEADS]``: values are gathered with one look-up per key.
     """
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
@@ -33,17 +35,19 @@ def histogram_kernel(
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
         m_free = b_v > float("-inf")
     else:
-        i_r = (i_e // Q) * (H // G * Q) + i_q
-        b_v = tl.zeros([CHUNK], tl.float32)
-        m_free = o_k < K
-        for _ in range(0, H // G):
-            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, mask=o_k < stride * 16, other=float("-inf"))
-            m_free = m_free & (b_s > float("-inf"))
-            total = tl.maximum(tl.load(stats + R + i_r) + tl.load(stats + 2 * R + i_r), 1.0)
-            b_v += tl.exp(b_s - tl.load(stats + i_r)) / total
-            i_r += Q
-        p_v = ranking + i_e.to(tl.int64) * (stride * 16) + o_k
-        tl.store(p_v, tl.where(m_free, b_v, float("-inf")), mask=o_k < stride * 16)
+        o_h = tl.arange(0, HEADS)[:, None]
+        m_h = o_h < H // G
+        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
+        p_s = scores + o_r.to(tl.int64) * (stride * 16) + o_k[None, :]
+        m_k = (o_k < stride * 16)[None, :]
+        b_s = tl.load(p_s, mask=m_h & m_k, other=float("-inf"))
+        total = tl.load(stats + R + o_r, mask=m_h, other=1.0) + tl.load(stats + 2 * R + o_r, mask=m_h, other=0.0)
+        b_w = weight_of(b_s - tl.load(stats + o_r, mask=m_h, other=0.0), weights.dtype.element_ty == tl.float32)
+        b_v = tl.sum(b_w / tl.maximum(total, 1.0), 0)
+        m_free = (o_k < K) & (tl.min(tl.where(m_h, b_s, float("inf")), 0) > float("-inf"))
+        p_e = i_e.to(tl.int64) * (stride * 16) + o_k
+        tl.store(ranking + p_e, tl.where(m_free, b_v, float("-inf")), mask=o_k < stride * 16)
+        tl.store(weights + p_e[None, :] * HEADS + o_h, b_w.to(weights.dtype.element_ty), mask=m_k)
     m_free = m_free & (o_k >= first_end) & (o_k < last_start)
     b_x = line_of(b_v, scale, offset, not MASS)
     m_above = m_free & (b_x >= BINS)

@@ -239,7 +239,9 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     span = t.tile * t.tiles
     chunks = -(-keys // span)
     stride = chunks * span
-    looks = -(-stride // t.histogram_chunk)
+    side_by_side = power_of_2(heads // groups)
+    piece = max(128, 4 * t.histogram_chunk // side_by_side) if kind == "group" else t.histogram_chunk
+    looks = -(-stride // piece)
     pieces = -(-keys // t.chunk)
     per_split = -(-pieces // max(1, min(pieces, t.gather_programs // selections)))
     splits = -(-pieces // per_split)
@@ -258,7 +260,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
             "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32),
             "packed": (packs, i64 if kind != "group" else i32),
-            "weights": (packs * (heads // groups) if kind == "group" else 1, f32),
+            "weights": (selections * stride * side_by_side if kind == "group" else 1, x.v.dtype),
             "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
         },
     )  # fmt: skip
@@ -288,15 +290,16 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             s["scores"], s["limits"], s["lines"], s["histogram"], s["peaks"], s["masses"], s["stats"],
             keys, batch, stride // 16, chunks, stack.top_p, *bands, *size, **rowed,
             MASS=mass, TOTAL=stack.total, CHUNKS=most_chunks,
-            HEADS=power_of_2(heads // groups), SAMPLES=t.samples, BINS=t.bins, warps=t.sample_warps,
+            HEADS=side_by_side, SAMPLES=t.samples, BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
-        chunks, most_chunks = looks, power_of_2(-(-(plan.keys + span) // t.histogram_chunk))
+        chunks, most_chunks = looks, power_of_2(-(-(plan.keys + span) // piece))
         ranking = s["scores"] if mass else s["ranking"]
         launch(
             histogram_kernel, (chunks, selections, 1),
-            s["scores"], ranking, s["limits"], s["lines"], s["histogram"], s["stats"], s["aboves"], s["over"],
+            s["scores"], ranking, s["weights"], s["limits"], s["lines"], s["histogram"], s["stats"], s["aboves"],
+            s["over"],
             keys, batch, stride // 16, chunks, *bands, **rowed,
-            MASS=mass, BINS=t.bins, **plan.digits, CHUNK=t.histogram_chunk, warps=t.histogram_warps,
+            MASS=mass, BINS=t.bins, **plan.digits, CHUNK=piece, HEADS=side_by_side, warps=t.histogram_warps,
         )  # fmt: skip
     launch(
         threshold_kernel, (selections, 1, 1),
@@ -313,11 +316,10 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     many = max(16, power_of_2(in_group))
     if kind == "group":
         launch(
-            gather_group_kernel, (splits, selections, 1), v, s["scores"], ranking, *cut, s["packed"],
-            s["weights"], *listed, *parts,
+            gather_group_kernel, (splits, selections, 1), v, ranking, s["weights"], s["cuts"], s["bounds"],
+            s["packed"], *listed, *parts,
             *sized, per_split, *steps, **valued,
-            CHUNK=t.chunk, BT=t.rows, BM=max(16, power_of_2(heads // groups)),
-            HEADS=power_of_2(heads // groups), warps=t.gather_warps,
+            CHUNK=t.chunk, BT=t.rows, BM=max(16, side_by_side), HEADS=side_by_side, warps=t.gather_warps,
         )  # fmt: skip
     if mass or (kind == "best" and not plan.streams):
         launch(
@@ -348,5 +350,9 @@ def decode_rows(x: Inputs) -> torch.Tensor:
     if POISON:
         out.fill_(float("nan"))
     run = decode_bands if x.stack.kind == "bands" else decode_scored
-    run(x, plan, launch, out)
+    try:
+        run(x, plan, launch, out)
+    except Exception:
+        plan.compiled.clear()  # half a plan would be taken for a whole one
+        raise
     return out

@@ -16,6 +16,19 @@ def capped(b_s, softcap, SOFTCAP: tl.constexpr):
     return b_s
 
 
+@triton.jit
+def precise_scores(p_q, m_q, p_k, m_k, scaling, D: tl.constexpr, BD: tl.constexpr):
+    """``scaling * q.k`` of float32 rows ``[BM, 1]`` and keys ``[BN, 1]``, in slices of 16: less rounding."""
+    b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
+    b_zero = b_s + scaling * 0.0  # not a constant: Triton would turn the sum of slices into one chain again
+    for i_d in tl.static_range(0, BD, 16):
+        o_d = i_d + tl.arange(0, 16)[None, :]
+        b_q = tl.load(p_q + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
+        b_k = tl.load(p_k + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
+        b_s += tl.dot(b_q, tl.trans(b_k), b_zero, input_precision="ieee")
+    return b_s * scaling
+
+
 @triton.jit(
     do_not_specialize=[
         "K",
@@ -56,8 +69,8 @@ def score_kernel(
     o_r = i_bg * (H // G * Q) + o_m
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
     p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
     _, first_end, last_start = limits_of(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
@@ -72,9 +85,13 @@ def score_kernel(
         offset = tl.load(lines + B * H * Q + o_r, mask=m_m, other=0.0)
     for i_t in tl.range(0, TILES, num_stages=STAGES):
         o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
-        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
-        b_k = tl.load(p_kt, mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
-        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scaling, softcap, SOFTCAP)
+        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
+        if k.dtype.element_ty == tl.float32:
+            b_s = precise_scores(p_q, m_m, p_kt, o_k < K, scaling, D, BD)
+        else:
+            b_k = tl.load(p_kt + o_d[None, :], mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+        b_s = capped(b_s, softcap, SOFTCAP)
         m_s = o_k[None, :] < reach[:, None]
         if MASKED:
             if Q == 1:

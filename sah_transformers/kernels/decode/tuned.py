@@ -67,7 +67,8 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         band_tile=slim,
     )
     if kind == "group":
-        return replace(tuning, samples=1024, chunk=1024, gather_programs=512, gather_warps=2, rows=max(16, tuning.rows))
+        rows = max(16, min(128, 128 * 256 // wide))
+        return replace(tuning, samples=1024, chunk=2048, gather_programs=512, gather_warps=4, rows=rows)
     if kind == "mass":
         return replace(tuning, samples=1024, bins=2 * bins)
-    return tuning
+    return replace(tuning, samples=256, listed=32) if keys <= 2**15 else tuning

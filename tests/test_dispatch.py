@@ -1,0 +1,104 @@
+"""Which kernel a call gets, and what happens where a kernel cannot be built. No GPU: kernels are stand-ins."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sah_transformers.kernels import decode, dispatch, prefill
+from sah_transformers.maskers import MaskerRegistry
+
+
+class Cuda(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+def call_of(kernel, queries=1, cuda=True):
+    def tensor(*shape):
+        return torch.zeros(shape).as_subclass(Cuda) if cuda else torch.zeros(shape)
+
+    masker = MaskerRegistry.create_masker({"type": "sink", "sink_size": 4})
+    return SimpleNamespace(
+        kernel=kernel, queries=tensor(1, 4, queries, 16), keys=tensor(1, 2, 40, 16), values=tensor(1, 2, 40, 16),
+        maskers=[masker],
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing said, nothing known; kernels that take every call and return a name."""
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_unbuildable", {})
+    monkeypatch.setattr(decode, "why_not", lambda call: "")
+    monkeypatch.setattr(prefill, "why_not", lambda call: "")
+    monkeypatch.setattr(decode, "decode_checked", lambda call: "decoded")
+    monkeypatch.setattr(prefill, "prefill", lambda call: "prefilled")
+
+
+def in_triton(message, kind=RuntimeError):
+    """A function that raises out of a frame of Triton's."""
+    scope = {"__name__": "triton.backends.somewhere", "kind": kind, "message": message}
+    exec("def fail(call):\n    raise kind(message)", scope)
+    return scope["fail"]
+
+
+def test_auto_takes_the_kernels_on_cuda():
+    assert dispatch.fast_attention(call_of("auto")) == "decoded"
+    assert dispatch.fast_attention(call_of("auto", queries=17)) == "prefilled"
+
+
+def test_reference_and_other_devices():
+    assert dispatch.fast_attention(call_of("reference")) is None
+    assert dispatch.fast_attention(call_of("auto", cuda=False)) is None
+    assert dispatch.fast_attention(call_of("triton", cuda=False)) == "decoded"  # why_not decides
+
+
+def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(decode, "why_not", lambda call: "dropout is on")
+    with caplog.at_level(logging.WARNING):
+        assert dispatch.fast_attention(call_of("auto")) is None
+        assert dispatch.fast_attention(call_of("auto")) is None
+    assert [record.getMessage() for record in caplog.records] == ["kernel 'auto' takes the reference: dropout is on"]
+    with pytest.raises(ValueError, match="kernel 'triton' cannot take this call: dropout is on"):
+        dispatch.fast_attention(call_of("triton"))
+
+
+def test_a_kernel_that_cannot_be_built(monkeypatch, caplog):
+    """The reference, one line in the log, and no second attempt."""
+    attempts = []
+    fail = in_triton("out of resource: shared memory, Required: 196608, Hardware limit: 101376")
+    monkeypatch.setattr(decode, "decode_checked", lambda call: attempts.append(1) or fail(call))
+    with caplog.at_level(logging.WARNING):
+        assert dispatch.fast_attention(call_of("auto")) is None
+        assert dispatch.fast_attention(call_of("auto")) is None
+    assert len(attempts) == 1
+    (record,) = caplog.records
+    assert "cannot be built here: RuntimeError: out of resource" in record.getMessage()
+    assert dispatch.fast_attention(call_of("auto", queries=17)) == "prefilled"
+    with pytest.raises(RuntimeError, match="out of resource"):
+        dispatch.fast_attention(call_of("triton"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        in_triton("Triton Error [CUDA]: an illegal memory access was encountered"),
+        in_triton("CUDA out of memory", torch.cuda.OutOfMemoryError),
+    ],
+)
+def test_faults_are_not_hidden(monkeypatch, error):
+    monkeypatch.setattr(decode, "decode_checked", error)
+    with pytest.raises(RuntimeError):
+        dispatch.fast_attention(call_of("auto"))
+
+
+def test_errors_of_our_own_are_not_hidden(monkeypatch):
+    def fail(call):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(decode, "decode_checked", fail)
+    with pytest.raises(TypeError):
+        dispatch.fast_attention(call_of("auto"))
