@@ -377,6 +377,16 @@ def test_long_prefills_are_checked_in_places(monkeypatch):
     assert checked(one, monkeypatch, lambda active: active).rows == 4 * 64 * 4
 
 
+def test_budgets_are_counted():
+    one = case(SINK, LOCAL, TOP_K, K=400, Q=300, B=2)
+    call = call_of(one, tensors(one, "cpu"), "auto")
+    _, counts = check.reference(one, tensors(one, "cpu"), 0, 300)
+    check._check_budgets(call, counts)
+    counts[1, 17, 2] += 1
+    with pytest.raises(check.CheckFailed, match="1 of 2400 rows have another number of keys"):
+        check._check_budgets(call, counts)
+
+
 @pytest.mark.parametrize("previous", ["empty", "half"])
 def test_masks_are_held_against_the_definition(previous):
     one = case(TOP_K, K=80, Q=80, previous=previous, B=2)

@@ -32,6 +32,9 @@ FLAT = 0.1
 NEAR_TIES = 0.01
 """Share of rows in which two scores may be closer than their rounding, so that the cut may fall otherwise."""
 
+MOST_OFF = 2
+"""Keys by which a row of a top-p may differ: its sums are rounded."""
+
 
 class CheckFailed(Exception):
     """The operation does not compute what it should."""
@@ -62,14 +65,20 @@ def check_attention(case: Case, inputs: Tensors, call: Call, out: torch.Tensor) 
     """
     if not torch.equal(out, run(call)[0]):
         raise CheckFailed("two runs differ")
+    counted = _counted(call)
     error, kept = 0.0, 0.0
     for start, stop in places(case):
         truth, counts = reference(case, inputs, start, stop)
         error = max(error, _relative(out[:, start:stop], truth, dims=None).item())
         kept = counts.float().mean().item()
+        if counted is not None:
+            off = int((counted[:, start:stop] - counts).abs().max())
+            if off > MOST_OFF:
+                raise CheckFailed(f"a row has {off} keys more or fewer than in the reference")
     if not error <= MOST_ERROR:
         raise CheckFailed(f"relative error {error:.1e}, more than {MOST_ERROR:.0e}")
-    _check_counts(call)
+    if counted is not None:
+        _check_budgets(call, counted)
     rows, apart = check_rows(case, call.kernel, inputs[0].device.type)
     return Checked(error, rows, apart, kept)
 
@@ -125,30 +134,36 @@ def check_rows(case: Case, kernel: str, device: str) -> tuple[int, int]:
     return rows, apart
 
 
-def _check_counts(call: Call) -> None:
-    """Every row of a long prefill has exactly its budget of keys, as the kernels themselves count."""
-    if call.kernel != "triton" or call.shape[2] <= decode.MOST_QUERIES:
-        return
+def _counted(call: Call) -> torch.Tensor | None:
+    """How many keys each row of a long prefill attends to, as the kernels themselves count, ``[B, Q, H]``."""
+    batch, heads, rows, _ = call.shape
+    if call.kernel != "triton" or rows <= decode.MOST_QUERIES:
+        return None
+    from sah_transformers.kernels.prefill import prefill
+
+    counts = torch.full((batch, heads, rows), -1, dtype=torch.int32, device=call.queries.device)
+    prefill(call, counts)
+    return counts.transpose(1, 2)
+
+
+def _check_budgets(call: Call, counted: torch.Tensor) -> None:
+    """Every row has exactly its budget, where that does not depend on the scores."""
     bands, best = 0, None
     for selection in (masker.describe() for masker in call.maskers):
-        if isinstance(selection, Best) and best is None and not selection.group:
+        if isinstance(selection, Best) and best is None:
             best = selection
         elif isinstance(selection, First | Last) and isinstance(selection.size, int) and best is None:
             bands += selection.size
         else:
-            return  # the number of keys depends on the scores
-    from sah_transformers.kernels.prefill import prefill
-
-    batch, heads, rows, keys = call.shape
-    n = torch.arange(keys - rows + 1, keys + 1, device=call.queries.device)
+            return
+    _, _, rows, keys = call.shape
+    n = torch.arange(keys - rows + 1, keys + 1, device=counted.device)
     expected = n.clamp(max=bands)
     if best is not None:
         expected = expected + torch.minimum(n - expected, resolve_budget(best.budget, n))
-    counts = torch.full((batch, heads, rows), -1, dtype=torch.int32, device=call.queries.device)
-    prefill(call, counts)
-    wrong = int((counts != expected).sum())
+    wrong = int((counted != expected[:, None]).sum())
     if wrong:
-        raise CheckFailed(f"{wrong} of {counts.numel()} rows have another number of keys than their budget")
+        raise CheckFailed(f"{wrong} of {counted.numel()} rows have another number of keys than their budget")
 
 
 def check_mask(case: Case, inputs: Tensors, previous: Mask | None, mask: Mask) -> Checked:
