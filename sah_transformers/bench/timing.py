@@ -95,12 +95,21 @@ class Replay:
                 self.result = function()
             waits = _waits_for_device(function)
         torch.cuda.synchronize()
-        self.method = "events" if waits else "graph"
-        if not waits:
+        self.method = "events" if waits or not self._captures(function, side) else "graph"
+        self.once()
+
+    def _captures(self, function: Function, side: torch.cuda.Stream) -> bool:
+        """Capture the call if it can be."""
+        try:
             self._capture(function, 1, side)
             if min(self.sample() for _ in range(3)) < SHORT_MS:
                 self._capture(function, IN_A_ROW, side)
-        self.once()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what CUDA does not let into a graph
+            self.once, self.calls = function, 1
+            return False
+        return True
 
     def _capture(self, function: Function, calls: int, side: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
