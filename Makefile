@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-5.17
+COMPILE := -m pytest -n 2 -m slow -k every_kernel tests/test_kernel_compile.py tests/test_prefill_compile.py
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test slow test-oldest lint types bench install clean
+.PHONY: help demo test slow test-oldest compile lint types bench install clean
 
 help:
 	@echo "make demo         a real model finds a hidden number, dense and sparse (minutes, CPU)"
 	@echo "make test         the tests"
 	@echo "make slow         the tests that take minutes"
 	@echo "make test-oldest  the core tests on the oldest supported Transformers"
+	@echo "make compile      every GPU kernel for sm_80, sm_90, sm_100, on the newest and the oldest Triton (no GPU)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        sah bench, then memory and a decode step of a real model"
 	@echo "make clean        remove both environments"
@@ -26,6 +28,10 @@ slow: install
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -m "core and not slow" -p no:cacheprovider
+
+compile: install $(OLDEST)/installed
+	$(BIN)/python $(COMPILE)
+	$(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
 
 lint: install types
 	$(BIN)/ruff check .
@@ -55,8 +61,8 @@ install: .venv/installed
 
 $(OLDEST)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	grep -v '^transformers==' constraints.txt > $(OLDEST)/constraints.txt
-	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt
+	grep -vE '^(transformers|triton)==' constraints.txt > $(OLDEST)/constraints.txt
+	printf 'transformers==5.17.0\ntriton==3.6.0\n' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt -e ".[dev]"
 	touch $@

@@ -23,12 +23,16 @@ def line_of(b_v, scale, offset, LOGARITHMIC: tl.constexpr):
 
 @triton.jit
 def weight_of(b_x, PRECISE: tl.constexpr):
-    """``exp(x)`` for ``x <= 0``; ``PRECISE`` makes up for the rounding of ``x * log2(e)``: float32 output shows it."""
+    """``exp(x)``; ``PRECISE`` to a unit in the last place, as float32 output needs (a GPU's own exp2: four)."""
     if PRECISE:
-        b_x = tl.maximum(b_x, -200.0)  # 0 in float32
-        b_y = b_x * 1.4426950408889634
-        b_rest = tl.fma(b_x, tl.full(b_x.shape, 1.4426950408889634, tl.float32), -b_y) + b_x * 1.9259629911e-8
-        b_w = tl.exp2(b_y) * (1.0 + b_rest * 0.6931471805599453)
+        b_y = tl.minimum(tl.maximum(b_x, -87.0), 88.0)
+        b_n = tl.floor(b_y * 1.4426950408889634 + 0.5)  # exp(x) = 2^n exp(r), |r| <= ln(2) / 2
+        b_r = b_y - b_n * 0.693359375  # the product is exact: 0.693359375 has ten bits
+        b_r = b_r + b_n * 2.12194440e-4
+        b_p = ((0.00019875691500 * b_r + 0.0013981999507) * b_r + 0.0083334519073) * b_r + 0.041665795894
+        b_p = ((b_p * b_r + 0.16666665459) * b_r + 0.50000001201) * b_r * b_r + b_r + 1.0
+        b_w = b_p * ((b_n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        b_w = tl.where(b_x < -87.0, 0.0, b_w)
     else:
         b_w = tl.exp(b_x)
     return b_w
