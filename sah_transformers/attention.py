@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sah_transformers.config import parse_stack
 from sah_transformers.kernels.decode import HAS_TRITON
-from sah_transformers.kernels.dispatch import fast_attention
+from sah_transformers.kernels.dispatch import fast_attention, fast_selection
 from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry
@@ -60,10 +60,12 @@ class Call:
         """(B, H, Q, K)."""
         return (*self.queries.shape[:3], self.keys.shape[2])
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges that keep the scores of a block within ``BLOCK_ELEMENTS``."""
+    def blocks(self, most: int | None = None) -> Iterator[tuple[int, int]]:
+        """Row ranges that keep the scores of a block within ``most``, by default ``BLOCK_ELEMENTS``."""
         batch, heads, rows, keys = self.shape
-        limit = BLOCK_ELEMENTS["cuda" if self.queries.device.type == "cuda" else "cpu"] / max(1, batch * heads)
+        if most is None:
+            most = BLOCK_ELEMENTS["cuda" if self.queries.device.type == "cuda" else "cpu"]
+        limit = most / max(1, batch * heads)
         start = 0
         while start < rows:
             if self.visibility.is_causal:  # step * reach(start + step) <= limit: early rows reach fewer keys
@@ -284,8 +286,6 @@ def sparse_attention(
     Raises:
         ValueError: for arguments that do not fit together, before any work.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
     check_kernel(kernel)
     configs = parse_stack(maskers, "maskers")
     stack = [
@@ -319,7 +319,9 @@ def sparse_attention(
 
 
 def check_kernel(kernel: str) -> None:
-    """Raise ``ValueError`` when ``kernel="triton"`` is asked for and Triton is not installed."""
+    """Raise ``ValueError`` for an unknown kernel, and for ``"triton"`` where Triton is not installed."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
     if kernel == "triton" and not HAS_TRITON:
         raise ValueError("kernel 'triton' needs Triton: pip install 'sah-transformers[triton]'")
 
@@ -386,11 +388,13 @@ def run(
 
 
 def _join(masks: list[Mask], call: Call) -> Mask:
-    """One mask ``[B, H, Q, K]`` of the blocks' masks; keys beyond a block's reach are not active."""
+    """One mask ``[B, H, Q, K]`` of the blocks' masks; beyond a block's reach it is what the call starts from."""
     if len(masks) == 1 and masks[0].shape == call.shape:
         return masks[0]
     unit = all(mask.form.unit for mask in masks)
     joined = torch.zeros(call.shape, dtype=torch.bool if unit else torch.float32, device=call.queries.device)
+    if call.previous is not None:
+        joined.copy_(call.previous)
     for (start, stop), mask in zip(call.blocks(), masks, strict=True):
         part = mask.active() if unit else mask.get_dense_mask()
         joined[:, :, start:stop, : part.shape[-1]] = part
@@ -412,9 +416,11 @@ def selection(
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     head_offset: int = 0,
+    kernel: str = "auto",
     **_: Any,
 ) -> Mask:
     """``previous_mask`` plus what ``masker`` selects: the work behind ``Masker.add_mask``."""
+    check_kernel(kernel)
     layer_state = None
     if sparse_meta_data is not None and masker.needs_state:
         layer_state = sparse_meta_data.setdefault("state", State()).layer(layer_idx)
@@ -433,5 +439,7 @@ def selection(
         layer_idx=layer_idx,
         head_offset=head_offset,
         layer_state=layer_state,
+        kernel=kernel,
     )
-    return _join(call.masks(), call)
+    fast = fast_selection(call)
+    return _join(call.masks(), call) if fast is None else Mask.from_dense_unchecked(fast)

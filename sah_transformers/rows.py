@@ -211,6 +211,10 @@ def dot(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[B, H, q, K]``.
     """
+    device = queries.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # it would round the products
+        with torch.autocast(device, enabled=False):
+            return dot(queries, keys)
     batch, heads, rows, dim = queries.shape
     groups, size = keys.shape[1:3]
     folded = queries.reshape(batch, groups, heads // groups * rows, dim)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sah_transformers.kernels import decode, dispatch, prefill
+from sah_transformers.kernels import decode, dispatch, prefill, select
 from sah_transformers.maskers import MaskerRegistry
 
 
@@ -16,14 +16,14 @@ class Cuda(torch.Tensor):
     is_cuda = True
 
 
-def call_of(kernel, queries=1, cuda=True):
+def call_of(kernel, queries=1, cuda=True, keys=40):
     def tensor(*shape):
         return torch.zeros(shape).as_subclass(Cuda) if cuda else torch.zeros(shape)
 
     masker = MaskerRegistry.create_masker({"type": "sink", "sink_size": 4})
     return SimpleNamespace(
-        kernel=kernel, queries=tensor(1, 4, queries, 16), keys=tensor(1, 2, 40, 16), values=tensor(1, 2, 40, 16),
-        maskers=[masker],
+        kernel=kernel, queries=tensor(1, 4, queries, 16), keys=tensor(1, 2, keys, 16),
+        values=tensor(1, 2, keys, 16), maskers=[masker],
     )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def fresh(monkeypatch):
     monkeypatch.setattr(prefill, "why_not", lambda call: "")
     monkeypatch.setattr(decode, "decode_checked", lambda call: "decoded")
     monkeypatch.setattr(prefill, "prefill", lambda call: "prefilled")
+    monkeypatch.setattr(select, "why_not", lambda call: "")
+    monkeypatch.setattr(select, "select_mask", lambda call: "selected")
 
 
 def in_triton(message, kind=RuntimeError):
@@ -80,6 +82,21 @@ def test_a_kernel_that_cannot_be_built(monkeypatch, caplog):
     assert dispatch.fast_attention(call_of("auto", queries=17)) == "prefilled"
     with pytest.raises(RuntimeError, match="out of resource"):
         dispatch.fast_attention(call_of("triton"))
+
+
+def test_a_mask_kernel_that_cannot_be_built(monkeypatch, caplog):
+    """Longer rows need more registers: the shorter ones keep their kernel, and so does attention."""
+    fail = in_triton("out of resource: threads")
+    monkeypatch.setattr(select, "select_mask", lambda call: "selected" if call.keys.shape[2] < 1000 else fail(call))
+    with caplog.at_level(logging.WARNING):
+        assert dispatch.fast_selection(call_of("auto", keys=5000)) is None
+        assert dispatch.fast_selection(call_of("auto", keys=5001)) is None
+    assert len(caplog.records) == 1
+    assert dispatch.fast_selection(call_of("auto")) == "selected"
+    assert dispatch.fast_attention(call_of("auto", keys=5000)) == "decoded"
+    assert dispatch.fast_selection(call_of("auto", cuda=False)) is None
+    with pytest.raises(RuntimeError, match="out of resource"):
+        dispatch.fast_selection(call_of("triton", keys=5000))
 
 
 @pytest.mark.parametrize(

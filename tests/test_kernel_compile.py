@@ -1,4 +1,4 @@
-"""Every decode kernel compiles for the supported GPU generations without a GPU.
+"""Every decode kernel, and the mask kernel, compiles for the supported GPU generations without a GPU.
 
 The launches of representative calls are recorded instead of run, on tensors without storage, and each is compiled
 as it would be launched. Run alone, `python tests/test_kernel_compile.py` prints registers, spills and shared memory.
@@ -29,6 +29,13 @@ FORMS = {
     "bf16": {"dtype": torch.bfloat16},
     "float32 D=80": {"dtype": torch.float32, "D": 80},
     "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
+}
+MASKS = {
+    "256 keys": {"K": 256},
+    "1,024 keys, previous": {"K": 1024, "previous": True, "dtype": torch.float32},
+    "4,096 keys, share": {"K": 4096, "budget": 0.02},
+    "16,384 keys, padded": {"K": 16384, "masked": True},
+    "32,767 keys, everything": {"K": 32767, "masked": True, "previous": True, "budget": 0.05, "softcap": 30.0},
 }
 ARCHITECTURES = (80, 90, 100)
 
@@ -78,6 +85,38 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
     return recorded
 
 
+def mask_launches(K, budget=64, dtype=torch.bfloat16, masked=False, previous=False, softcap=None, B=2, H=8, G=2, D=64):
+    """What one call of ``add_mask`` would launch."""
+    from sah_transformers import Mask, MaskerRegistry
+    from sah_transformers.attention import make_call
+    from sah_transformers.kernels.select import kernel
+
+    recorded = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def launch(*args, num_warps, enable_fp_fusion, **constants):
+                recorded.append(Launch(original, args, constants, num_warps, {}))
+
+            return launch
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    before = Mask.from_dense_unchecked(tensor(B, H, K, K, dtype=torch.bool)) if previous else None
+    masker = MaskerRegistry.create_masker({"type": "oracle_top_k", "heavy_size": budget})
+    call = make_call(
+        tensor(B, H, K, D), tensor(B, G, K, D), tensor(B, G, K, D), [masker], previous_mask=before, softcap=softcap,
+        attention_mask=tensor(B, K, dtype=torch.bool) if masked else None,
+    )  # fmt: skip
+    original, kernel.top_k_kernel = kernel.top_k_kernel, Recorder()
+    try:
+        kernel.top_k_mask(call, budget)
+    finally:
+        kernel.top_k_kernel = original
+    return recorded[-1:]
+
+
 def compiled(launch, architecture):
     """Triton's result for one launch, as if called with these arguments."""
     import triton
@@ -118,6 +157,11 @@ def main(architectures, verbose):
                     result = compiled(launch, architecture)
                     used = resources(result) if verbose else ""
                     print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
+        for form, options in MASKS.items():
+            for launch in mask_launches(**options):
+                result = compiled(launch, architecture)
+                used = resources(result) if verbose else ""
+                print("compiled", architecture, form, launch.kernel.__name__, used, flush=True)
 
 
 def resources(result):
@@ -155,7 +199,7 @@ def test_every_kernel_compiles(architecture):
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 40
+    assert run.stdout.count("compiled") >= 45
 
 
 if __name__ == "__main__":

@@ -183,6 +183,13 @@ def test_selection_ignores_torch_settings(stack):
     assert torch.equal(select(*(x.clone().requires_grad_() for x in (q, k, v)), stack)[1], expected)
 
 
+def test_autocast_does_not_round_scores():
+    q, k, v = draw(Q=9, K=900)
+    _, expected = select(q, k, v, STACKS["top k share"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(select(q, k, v, STACKS["top k share"])[1], expected)
+
+
 @each_stack
 def test_invisible_keys_may_hold_anything_finite(stack):
     q, k, v = draw(Q=5)

@@ -136,7 +136,7 @@ def _add_mask(result: Result, setup: Setup) -> None:
     masker = MaskerRegistry.create_masker(case.maskers[-1])
 
     def ours() -> Any:
-        return masker.add_mask(keys, queries, values, is_causal=True, previous_mask=previous)
+        return masker.add_mask(keys, queries, values, is_causal=True, previous_mask=previous, kernel=setup.kernel)
 
     result.checked = check_mask(case, inputs, previous, ours())
     mask_bytes = case.B * case.H * case.Q * case.K

@@ -97,7 +97,7 @@ def _check_options(plot: Path | None, json: Path | None, kernel: str | None, dev
     if plot is not None and find_spec("matplotlib") is None:
         raise Failed("--plot needs matplotlib: pip install 'sah-transformers[plot]'")
     try:
-        check_kernel(kernel or "")
+        check_kernel(kernel or "auto")
     except ValueError as error:
         raise WrongUse(str(error)) from None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels import decode, prefill
+from sah_transformers.kernels import decode, prefill, select
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -31,18 +32,30 @@ def fast_attention(call: Call) -> torch.Tensor | None:
     Raises:
         ValueError: for ``kernel="triton"``, with the reason why no kernel takes the call.
     """
+    if call.queries.shape[2] <= decode.MOST_QUERIES:
+        return _attempt(call, "decode", decode.why_not, decode.decode_checked)
+    return _attempt(call, "prefill", prefill.why_not, prefill.prefill)
+
+
+def fast_selection(call: Call) -> torch.Tensor | None:
+    """The mask of a call by a Triton kernel, bool ``[B, H, Q, K]``, or None; otherwise as ``fast_attention``."""
+    return _attempt(call, "select", select.why_not, select.select_mask)
+
+
+def _attempt(
+    call: Call, kernel: str, why_not: Callable[[Call], str], run: Callable[[Call], torch.Tensor]
+) -> torch.Tensor | None:
     asked = call.kernel == "triton"
     if not asked and not (call.kernel == "auto" and call.queries.is_cuda):
         return None
-    few = call.queries.shape[2] <= decode.MOST_QUERIES
-    reason = decode.why_not(call) if few else prefill.why_not(call)
+    reason = why_not(call)
     if asked and reason:
         raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
-    kind = _kind(call, few)
+    kind = _kind(call, kernel)
     reason = reason or ("" if asked else _unbuildable.get(kind, ""))
     if not reason:
         try:
-            return decode.decode_checked(call) if few else prefill.prefill(call)
+            return run(call)
         except Exception as error:
             if asked or not _cannot_be_built(error):
                 raise
@@ -54,11 +67,15 @@ def fast_attention(call: Call) -> torch.Tensor | None:
     return None
 
 
-def _kind(call: Call, few: bool) -> tuple[Any, ...]:
+def _kind(call: Call, kernel: str) -> tuple[Any, ...]:
     """Calls of one kind need the same kernels."""
     described = tuple(masker.describe() for masker in call.maskers)
     _, heads, _, dim = call.queries.shape
-    return few, described, call.queries.dtype, call.queries.device, heads, call.keys.shape[1], dim, call.values.shape[3]
+    groups, keys = call.keys.shape[1:3]
+    width = keys.bit_length() if kernel == "select" else 0  # a row lies in one program
+    return (
+        kernel, described, call.queries.dtype, call.queries.device, heads, groups, dim, call.values.shape[3], width
+    )  # fmt: skip
 
 
 def _cannot_be_built(error: Exception) -> bool:

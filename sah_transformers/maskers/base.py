@@ -127,7 +127,8 @@ class Masker(ABC):
             sparse_meta_data: a dict that carries side data between calls of one sequence.
             previous_mask: ``[B, H, Q, K]`` of the maskers before, or None for nothing yet.
             **kwargs: ``is_causal`` (False) adds lower-right causal order; ``layer_idx``, ``softcap``,
-                ``position_bias``, ``indices``, ``head_offset`` as in ``sparse_attention``.
+                ``position_bias``, ``indices``, ``head_offset`` as in ``sparse_attention``; ``kernel``:
+                ``"auto"`` (on CUDA the Triton kernel where it covers the call), ``"triton"`` or ``"reference"``.
 
         Returns:
             A new ``Mask`` of shape ``[B, H, Q, K]``; ``previous_mask`` is left as it was.

@@ -1,10 +1,82 @@
 """Exact selection of keys by estimate: the k best, or the fewest that hold a share of the mass.
 
 Contract, for both: estimates ``[..., K]`` with any leading dimensions, candidates a bool tensor broadcastable to
-them or None for all, ties broken towards the lower position, and each row decided on its own. ``cut_is_close``
-flags the rows whose estimates cannot decide the cut within ``margin``; the caller decides those in float64.
+them or None for all, ties broken towards the lower position, and each row decided on its own. ``margin``
+flags the rows whose estimates cannot decide the cut within it; the caller decides those in float64.
+
+``select_mask(call)`` is the whole of ``OracleTopK.add_mask`` on a GPU: bool ``[B, H, Q, K]``, what the call starts from
+plus each row's best candidates, by score per query head. ``why_not(call)`` names what it does not cover: other
+selections, a bias, index lists, a previous mask with weights, more than 32,768 keys, other dtypes than float16,
+bfloat16, float32.
+
+Each row takes exactly its budget (or all its candidates), lower position first among equal scores; -0 equals +0, NaN
+and -inf rank last. Scores are float32 sums of exact products (float16, bfloat16) or of float32 products, times
+``scaling`` in float32, so that scores which scaling rounds together tie, as they do in the definition, and scores which
+are equal in float64 and in every order of summation tie exactly. The definition rounds float64 scores once; a row may
+differ from it only in keys whose scores differ by less than the float32 rounding of their dot product. Products whose
+float32 sum overflows are inf or NaN here. Two runs give the same bits, nothing waits for the device, and scores of
+at most 2**28 keys (1 GiB) are held at once.
 """
 
-from sah_transformers.kernels.select.reference import select_top_k, select_top_p, top_p_thresholds
+from __future__ import annotations
 
-__all__ = ["select_top_k", "select_top_p", "top_p_thresholds"]
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from sah_transformers.kernels.select.reference import select_top_k, select_top_p, top_p_thresholds
+from sah_transformers.selections import Best
+
+if TYPE_CHECKING:
+    from sah_transformers.attention import Call
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_KEYS = 2**15
+"""A row lies in the registers of one program."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+__all__ = ["select_mask", "select_top_k", "select_top_p", "top_p_thresholds", "why_not"]
+
+
+def why_not(call: Call) -> str:
+    """Why ``select_mask`` cannot take ``call``, or "" when it can."""
+    queries, keys = call.queries, call.keys
+    sight = call.visibility
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {queries.device.type}, not on a CUDA device"
+    if queries.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(queries.device) < (8, 0)):
+        return "the device is older than compute capability 8.0"
+    selection = call.maskers[0].describe() if len(call.maskers) == 1 else None
+    if not isinstance(selection, Best) or selection.group or call.min_keys > 1:
+        return "masks have a kernel for top-k by exact score per query head alone"
+    if queries.dtype not in DTYPES or keys.dtype != queries.dtype:
+        return f"the dtypes are {queries.dtype}, {keys.dtype}; one of float16, bfloat16, float32 is needed"
+    if min(*queries.shape, *keys.shape) == 0:
+        return "a dimension is empty"
+    if keys.shape[2] > MOST_KEYS:
+        return f"rows have {keys.shape[2]} keys, more than {MOST_KEYS}"
+    if sight.position_bias is not None or sight.indices is not None:
+        return "the call has a position bias or a list of keys per row"
+    if sight.mask is not None and sight.mask.dtype != torch.bool:
+        return "the attention mask is additive"
+    if call.previous is not None and call.previous.dtype != torch.bool:
+        return "the previous mask has weights"
+    return ""
+
+
+@torch.no_grad()
+def select_mask(call: Call) -> torch.Tensor:
+    """The mask of a call that ``why_not`` has nothing against, bool ``[B, H, Q, K]``."""
+    from sah_transformers.kernels.select.kernel import top_k_mask
+
+    selection = call.maskers[0].describe()
+    assert isinstance(selection, Best)
+    if call.queries.is_cuda and torch.cuda.current_device() != call.queries.device.index:
+        with torch.cuda.device(call.queries.device):
+            return top_k_mask(call, selection.budget)
+    return top_k_mask(call, selection.budget)
