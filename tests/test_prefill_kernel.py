@@ -30,6 +30,10 @@ def best(budget, **more):
     return {"type": "oracle_top_k", "heavy_size": budget, **more}
 
 
+def mass(top_p, coverage="remaining"):
+    return {"type": "oracle_top_p", "top_p": top_p, "coverage": coverage}
+
+
 @pytest.mark.skipif(HERE, reason="the tests themselves run here")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter():
@@ -217,20 +221,142 @@ def test_strided_inputs_and_two_runs_give_the_same_bits():
     assert torch.equal(first, second)
 
 
+def mask_of(kind, B, Q, K):
+    """What a test's rows see: ``[B, K]`` or ``[B|1, 1, Q|1, K]``, causal order apart."""
+    valid = torch.ones(B, K, dtype=torch.bool)
+    for b in range(B):
+        if kind == "left padding":
+            valid[b, : b * K // 3] = False
+        elif kind == "right padding":
+            valid[b, K - b * K // 3 :] = False
+        elif kind in ("holes", "holes for all queries"):
+            valid[b, torch.randperm(K, generator=torch.Generator().manual_seed(b))[: K // 3]] = False
+            valid[b, : K // 2 + b] = False
+    if kind == "packed":
+        document = torch.arange(K) // 13
+        return (document[K - Q :, None] == document)[None, None].to(DEVICE)
+    if kind == "window with holes":
+        row, key = torch.arange(Q)[:, None] + K - Q, torch.arange(K)
+        return ((row - key < 18) & ((row + key) % 5 != 0) & (row % 11 != 0))[None, None].to(DEVICE)
+    return (valid[:, None, None] if kind == "holes for all queries" else valid).to(DEVICE)
+
+
+MASKS = ["left padding", "right padding", "holes", "holes for all queries", "packed", "window with holes"]
+STACKS = {
+    "bands": [SINK, LOCAL],
+    "shares": [{"type": "sink", "sink_size": 0.1}, best(0.2), {"type": "local", "window_size": 0.1}],
+    "best": [SINK, LOCAL, best(7)],
+    "mass": [SINK, mass(0.7), LOCAL],
+    "mass of all": [SINK, mass(0.7, "total")],
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, stack):
+    tensors = data("small integers", 2, 1, 1, 20, 30, 16, 16, torch.float32)
+    call = make(tensors, STACKS[stack], attention_mask=mask_of(kind, 2, 20, 30), scaling=0.1, min_keys=9)
+    out = check(call)
+    visible, _ = call.visibility.block(0, 20)
+    nothing = ~visible.any(-1)[:, 0]
+    assert nothing.any() == ("holes" in kind)
+    assert (out[nothing.expand(2, -1)] == 0).all()
+
+
+@runs_kernels
+def test_a_mask_without_causal_order_and_with_sinks():
+    tensors = data("normal", 2, 2, 1, 17, 50, 16, 32, torch.float16)
+    more = {"is_causal": False, "softcap": 3.0, "sinks": torch.randn(2, device=DEVICE)}
+    for stack in ("best", "mass"):
+        check(make(tensors, STACKS[stack], attention_mask=mask_of("holes", 2, 17, 50), **more))
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["left padding", "holes", "packed"])
+@pytest.mark.parametrize("stack", ["shares", "mass"])
+def test_masked_samples(kind, stack, small_parts):
+    """Brackets from samples of which some are hidden; rows whose bracket misses are settled."""
+    tensors = data("normal", 2, 2, 1, 24, 150, 16, 16, torch.float32)
+    mask = mask_of(kind, 2, 24, 150)
+    if kind == "packed":
+        mask = torch.nn.functional.pad(mask[..., 60:], (60, 0), value=True)
+    check(make(tensors, STACKS[stack], attention_mask=mask))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Small shapes take the ways of large ones: sampled brackets, several tiles of queries."""
+    from sah_transformers.kernels.prefill import parts
+
+    monkeypatch.setattr(parts, "ALWAYS_LISTED", 32)
+    monkeypatch.setattr(parts, "SAMPLE_STRIDE", 1)
+    monkeypatch.setattr(parts, "LEAST_SAMPLE", 128)
+    monkeypatch.setattr(parts, "LEAST_MASS_SAMPLE", 128)
+    monkeypatch.setattr(parts, "SCRATCH_BYTES", 2**15)
+
+
+@runs_kernels
+@pytest.mark.parametrize("coverage", ["remaining", "total"])
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.9, 0.999])
+def test_top_p(top_p, coverage):
+    """With the values a unit matrix the output shows the selection itself."""
+    tensors = list(data("normal", 1, 2, 1, 12, 64, 16, 64, torch.float32))
+    tensors[2] = torch.eye(64, device=DEVICE)[None, None].clone()
+    call = make(tensors, [SINK, mass(top_p, coverage), LOCAL])
+    out, counts = kernel(call)
+    _, mask = reference(call)
+    assert torch.equal(counts.long(), mask.sum(-1))
+    assert torch.equal(out.transpose(1, 2) > 0, mask)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "kind", ["zero queries", "constant keys", "duplicated keys", "small integers", "signed zeros", "huge"]
+)
+def test_top_p_takes_all_keys_equal_to_its_cut(kind):
+    tensors = data(kind, 1, 2, 1, 12, 64, 16, 16, torch.float32)
+    check(make(tensors, [SINK, mass(0.6), LOCAL], scaling=0.01))
+
+
+@runs_kernels
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("coverage", ["remaining", "total"])
+def test_brackets_of_masses(factor, coverage, small_parts):
+    q, k, v = data("normal", 1, 2, 1, 40, 160, 16, 16, torch.float32)
+    check(make((q * factor, k, v), [SINK, LOCAL, mass(0.9, coverage)]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("deviations", [0.0, -2.0])
+@pytest.mark.parametrize("kind", ["normal", "small integers"])
+def test_a_missed_bracket_of_masses_is_settled(deviations, kind, small_parts, monkeypatch):
+    from sah_transformers.kernels.prefill import parts
+
+    monkeypatch.setattr(parts, "MASS_DEVIATIONS", deviations)
+    monkeypatch.setattr(parts.Part, "sized", classmethod(lambda cls, rows, *_: cls(rows, 1, 96, 32)))
+    tensors = data(kind, 1, 1, 1, 12, 150, 16, 16, torch.float32)
+    check(make(tensors, [SINK, mass(0.8)], softcap=4.0 if kind == "normal" else None, scaling=0.2))
+
+
 def test_what_is_not_covered_has_a_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k, v = data("normal", 1, 2, 1, 4, 9, 16, 16, torch.float32)
-    padded = torch.ones(1, 9, device=DEVICE)
+    additive = torch.zeros(1, 1, 4, 9, device=DEVICE)
     if importlib.util.find_spec("triton") is None:
         assert "triton" in why_not(make((q, k, v), [SINK]))
         return
     assert why_not(make((q, k, v), [SINK, best(3), LOCAL])) == ""
-    assert "mask or padding" in why_not(make((q, k, v), [SINK], attention_mask=padded))
+    assert why_not(make((q, k, v), [SINK, mass(0.9)], attention_mask=additive[0, 0, :1] == 0)) == ""
+    assert "additive" in why_not(make((q, k, v), [SINK], attention_mask=additive))
+    assert "heads" in why_not(make((q, k, v), [SINK], attention_mask=(additive == 0).expand(1, 2, 4, 9)))
+    assert "lists" in why_not(make((q, k, v), [SINK], indices=torch.zeros(1, 4, 2, dtype=torch.long)))
     assert "dropout" in why_not(make((q, k, v), [SINK], dropout=0.1))
     assert "per KV head" in why_not(make((q, k, v), [best(3, gqa="group")]))
     assert "more than one" in why_not(make((q, k, v), [best(3), best(4)]))
     assert "scaling" in why_not(make((q, k, v), [best(3)], scaling=-1.0))
-    assert "Mass" in why_not(make((q, k, v), [{"type": "oracle_top_p", "top_p": 0.9}]))
+    assert "top_p" in why_not(make((q, k, v), [mass(1.0)]))
+    assert "more than one" in why_not(make((q, k, v), [best(3), mass(0.5)]))
     assert "gradients" in why_not(make((q.clone().requires_grad_(), k, v), [SINK]))
     assert "dtypes" in why_not(make((q.double(), k.double(), v.double()), [SINK]))
 
@@ -242,8 +368,8 @@ def test_stacks():
     stack = stack_of([First(3), Best(7, False), Last(2)])
     assert stack.before == Bands(3, 0)
     assert stack.bands == Bands(3, 2)
-    assert stack.best == Best(7, False)
-    assert isinstance(stack_of([Mass(0.9, False, False)]), str)
+    assert stack.scored == Best(7, False)
+    assert stack_of([Mass(0.9, False, False), Everything()]).scored is None
     assert isinstance(stack_of([None]), str)
 
 
@@ -278,3 +404,66 @@ def test_large(name, dtype, kind):
         truth, eager = exact(call, mask)
         rows = ((out.double() - truth).abs().amax(-1) > 2 * (eager.double() - truth).abs().amax() + 1e-2).sum()
         assert rows <= 2 + counts.numel() // 1000  # rows whose cut is a near-tie
+
+
+def near(counts, mask, most=1):
+    """Whether all rows have as many keys as the mask, but for a few that differ by a near-tie."""
+    off = (counts.long() - mask.sum(-1)).abs()
+    return int(off.max()) <= most and int((off > 0).sum()) <= 2 + off.numel() // 200
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_large_masses(name, dtype, factor):
+    shape, _ = LARGE[name]
+    q, k, v = data("normal", *shape, dtype)
+    for coverage in ("remaining", "total"):
+        call = make((q * factor, k, v), [SINK, LOCAL, mass(0.9, coverage)])
+        out, counts = kernel(call)
+        _, mask = reference(call)
+        assert near(counts, mask)
+        again, _ = kernel(call)
+        assert torch.equal(out, again)
+        truth, eager = exact(call, mask)
+        rows = ((out.double() - truth).abs().amax(-1) > 2 * (eager.double() - truth).abs().amax() + 1e-2).sum()
+        assert rows <= 2 + counts.numel() // 200
+
+
+@pytest.mark.parametrize("kind", ["zero queries", "constant keys", "duplicated keys", "small integers"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_large_masses_with_ties(kind):
+    call = make(data(kind, 1, 4, 2, 1500, 3000, 64, 64, torch.bfloat16), [SINK, LOCAL, mass(0.9)], scaling=0.05)
+    out, counts = kernel(call)
+    _, mask = reference(call)
+    assert near(counts, mask, most=3000)
+    check_output(call, out, mask)
+
+
+@pytest.mark.parametrize("stack", ["bands", "shares", "mass"])
+@pytest.mark.parametrize("kind", ["left padding", "packed", "holes"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_large_masks(kind, stack):
+    B, Q, K = 2, 1900, 2500
+    tensors = data("normal", B, 4, 2, Q, K, 128, 128, torch.bfloat16)
+    mask = mask_of(kind, B, Q, K)
+    if kind == "packed":
+        document = torch.arange(K, device=DEVICE) // 1700
+        mask = (document[K - Q :, None] == document)[None, None]
+    call = make(tensors, STACKS[stack], attention_mask=mask)
+    out, counts = kernel(call)
+    _, chosen = reference(call)
+    assert near(counts, chosen) if stack == "mass" else torch.equal(counts.long(), chosen.sum(-1))
+    truth, eager = exact(call, chosen)
+    rows = ((out.double() - truth).abs().amax(-1) > 2 * (eager.double() - truth).abs().amax() + 1e-2).sum()
+    assert rows <= 2 + counts.numel() // 200
+    if kind == "left padding":
+        start = K // 3
+        alone = make([x[1:, :, max(0, start - (K - x.shape[2])) :] for x in tensors], STACKS[stack])
+        single, single_counts = kernel(alone)
+        assert near(counts[1:, :, -single.shape[1] :], single_counts[..., None], most=int(stack == "mass"))
+        assert (out[1:, -single.shape[1] :] - single).norm() < 1e-2 * single.norm()

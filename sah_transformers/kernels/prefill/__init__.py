@@ -1,13 +1,14 @@
-"""Prefill: attention of many queries over what a stack of First, Last, Everything and one Best selects.
+"""Prefill: attention of many queries over what First, Last, Everything and one Best or Mass select.
 
 Contract of ``prefill(call) -> out``: ``call`` as ``attention.make_call`` checked it, ``queries [B, H, Q, D]``, ``keys
 [B, G, K, D]``, ``values [B, G, K, Dv]`` of one dtype (float16, bfloat16, float32), any strides; ``out [B, Q, H, Dv]``
-in that dtype. D and Dv up to 256; every row sees a prefix of the keys (causal or not); rows without keys give zeros.
+in that dtype. D and Dv up to 256; causal or not, with a boolean mask ``[B|1, 1, Q, K]`` or padding ``[B, K]`` or
+without; rows without keys give zeros.
 Budgets and ties are those of ``kernels.select``; scores are float32 sums of exact products. Memory beyond inputs
 and output is at most about 1.3 GiB, nothing waits for the device, and two runs give the same bits.
 
-``why_not(call)`` names what is not covered: padding and masks, position bias, index lists, previous masks, dropout,
-gradients, Mass, group selection, two scored maskers.
+``why_not(call)`` names what is not covered: additive masks and masks per head, position bias, index lists,
+previous masks, dropout, gradients, group selection, two scored maskers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sah_transformers.kernels.prefill.stack import Stack, stack_of
+from sah_transformers.selections import Best, Mass
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -27,6 +29,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 256
 MAX_HEADS = 4096
 """Beyond it the lists of a single query of each head could pass 2 GiB, which is what ``emit_kernel`` addresses."""
+
+LEAST_TOP_P = 0.001
+"""Below it the mass above the cut is too small a share for float32 sums."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -40,7 +45,7 @@ def why_not(call: Call) -> str:
     stack = stack_of([masker.describe() for masker in call.maskers])
     if isinstance(stack, str):
         return stack
-    return _why_not_tensors(call) or _why_not_rows(call) or _why_not_best(call, stack)
+    return _why_not_tensors(call) or _why_not_rows(call) or _why_not_scored(call, stack.scored)
 
 
 def _why_not_tensors(call: Call) -> str:
@@ -65,8 +70,11 @@ def _why_not_tensors(call: Call) -> str:
 
 def _why_not_rows(call: Call) -> str:
     visibility = call.visibility
-    if not visibility.is_prefix():
-        return "a mask or padding hides keys"
+    mask = visibility.mask
+    if visibility.indices is not None:
+        return "rows have lists of keys"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
+        return "the attention mask is additive or differs between heads"
     if visibility.position_bias is not None:
         return "a position bias is added"
     if call.previous is not None:
@@ -78,11 +86,13 @@ def _why_not_rows(call: Call) -> str:
     return ""
 
 
-def _why_not_best(call: Call, stack: Stack) -> str:
-    if stack.best is None:
+def _why_not_scored(call: Call, scored: Best | Mass | None) -> str:
+    if scored is None:
         return ""
-    if stack.best.group and call.queries.shape[1] != call.keys.shape[1]:
+    if scored.group and call.queries.shape[1] != call.keys.shape[1]:
         return "keys are ranked per KV head"
+    if isinstance(scored, Mass) and not LEAST_TOP_P <= scored.top_p < 1.0:
+        return f"top_p is {scored.top_p!r}, outside [{LEAST_TOP_P}, 1)"
     if call.context.scaling <= 0:
         return "the scaling is not positive"
     if call.shape[0] * call.shape[1] > MAX_HEADS:

@@ -3,28 +3,25 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.prefill.rows import band_bounds, load_columns, load_rows, products, visible_keys
-
-LOWEST = tl.constexpr(-3.0e38)
-"""Where the running maximum starts: finite, so that a row without keys subtracts nothing undefined."""
-
-
-@triton.jit
-def capped(b_s, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits of ``b_s`` = q·k, times log2(e)."""
-    if SOFTCAP:
-        b_x = b_s * (scale / softcap)
-        return (1.0 - 2.0 / (tl.exp(2.0 * b_x) + 1.0)) * (softcap * 1.4426950408889634)
-    else:
-        return b_s * (scale * 1.4426950408889634)
+from sah_transformers.kernels.prefill.rows import (
+    LOWEST,
+    load_columns,
+    load_rows,
+    logits,
+    mask_rows,
+    products,
+    row_limits,
+    shown,
+)
 
 
 @triton.jit
 def attend_tiles(
-    b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to, i_first, i_last,
-    K, stride_k, stride_v, scale, softcap,
+    b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start, b_cut, b_need,
+    b_from, b_to, i_first, i_last, K, stride_k, stride_v, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-    CUT: tl.constexpr, TIES: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, TIES: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the tiles of keys from ``i_first`` to ``i_last`` into the running softmax.
 
@@ -38,14 +35,18 @@ def attend_tiles(
         o_k = i_n + o_n
         b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
         b_s = products(b_q, b_k, PRECISION)
+        if EDGE:
+            m_k = shown(p_mask, o_k, b_begin, b_end, b_holes, MASKED)
         if CUT:
             if TIES:
                 equal = (b_s == b_cut[:, None]) & (o_k[None, :] >= b_from[:, None]) & (o_k[None, :] < b_to[:, None])
+                if EDGE:
+                    equal = equal & m_k
                 b_met = b_seen + tl.sum(equal.to(tl.int32), 1)
                 keep = (b_s > b_cut[:, None]) | (equal & (b_met <= b_need)[:, None])
                 m_split = (b_seen < b_need) & (b_met > b_need)
                 if tl.max(m_split.to(tl.int32), 0) > 0:
-                    b_few, b_enough = b_n * 0 + i_n - 1, b_n * 0 + i_n + BN - 1  # keys up to few: too few
+                    b_few, b_enough = b_need * 0 + i_n - 1, b_need * 0 + i_n + BN - 1  # keys up to few: too few
                     while tl.max(b_enough - b_few, 0) > 1:
                         b_half = (b_few + b_enough) // 2
                         b_rank = b_seen + tl.sum((equal & (o_k[None, :] <= b_half[:, None])).to(tl.int32), 1)
@@ -57,11 +58,11 @@ def attend_tiles(
                 keep = b_s >= b_cut[:, None]
             if EDGE:
                 keep = keep | (o_k[None, :] < b_stop[:, None]) | (o_k[None, :] >= b_start[:, None])
-                keep = keep & (o_k[None, :] < b_n[:, None])
+                keep = keep & m_k
         else:
             keep = (o_k[None, :] < b_stop[:, None]) | (o_k[None, :] >= b_start[:, None])
-            keep = keep & (o_k[None, :] < b_n[:, None])
-        b_x = tl.where(keep, b_s if not SOFTCAP else capped(b_s, scale, softcap, SOFTCAP), float("-inf"))
+            keep = keep & m_k
+        b_x = tl.where(keep, b_s if not SOFTCAP else logits(b_s, scale, softcap, SOFTCAP), float("-inf"))
         if SOFTCAP:
             b_new = tl.maximum(b_m, tl.max(b_x, 1))
             b_p = tl.exp2(b_x - b_new[:, None])
@@ -88,14 +89,15 @@ def attend_tiles(
 
 @triton.jit
 def attend_kernel(
-    q, k, v, out, cuts, needs, tied, sinks, counts,
-    H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk, stride_vb, stride_vg, stride_vk,
+    q, k, v, out, cuts, needs, tied, sinks, counts, mask, limits,
+    H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
+    stride_vb, stride_vg, stride_vk,
     stride_ob, stride_oh, stride_oq, first, first_bits, last, last_bits, first_before, first_bits_before, last_before,
     last_bits_before, min_keys, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
     FIRST_BEFORE_IS_SHARE: tl.constexpr, LAST_BEFORE_IS_SHARE: tl.constexpr, CUT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head.
 
@@ -113,16 +115,24 @@ def attend_kernel(
     p_k = k + i_b * stride_kb + i_g * stride_kg
     p_v = v + i_b * stride_vb + i_g * stride_vg
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_q, stride_qq, D, BD)
-    b_n = visible_keys(o_q, Q, K, CAUSAL)
-    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-    b_stop = tl.where(b_n < min_keys, b_n, b_stop)
+    b_n, b_begin, b_end, b_stop, b_start = row_limits(
+        limits, stride_l, i_b, o_q, m_q, Q, K, first, first_bits, last, last_bits, 3, MASKED, CAUSAL,
+        FIRST_IS_SHARE, LAST_IS_SHARE,
+    )  # fmt: skip
+    p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
+    b_holes = b_end - b_begin > b_n
+    b_stop = tl.where(b_n < min_keys, b_end, b_stop)
     b_start = tl.maximum(b_start, b_stop)
     b_acc = tl.zeros([BM, BV], tl.float32)
     b_m = tl.full([BM], LOWEST, tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_kept = tl.zeros([BM], tl.int32)
-    end = tl.max(b_n, 0)
+    begin, end = 0, tl.max(b_end, 0)
     head = tl.minimum(tl.cdiv(tl.max(b_stop, 0), BN) * BN, end)
+    if MASKED:
+        begin = tl.minimum(tl.min(tl.where(b_n > 0, b_begin, 2147483647), 0), end) // BN * BN
+        if CUT:
+            head = tl.where(tl.max(b_holes.to(tl.int32), 0) > 0, end, head)  # masks are read in tiles at the edge
     tail = tl.min(tl.where(m_q, b_start, 2147483647), 0) // BN * BN
     tail = tl.maximum(tail, tl.cdiv(head, BN) * BN)
     b_cut = tl.zeros([BM], tl.float32)
@@ -131,35 +141,35 @@ def attend_kernel(
     b_from, b_to = b_stop, b_start
     tie = 0
     if CUT:
-        b_from, b_to = band_bounds(
-            b_n, first_before, first_bits_before, last_before, last_bits_before, FIRST_BEFORE_IS_SHARE,
-            LAST_BEFORE_IS_SHARE,
+        _, _, _, b_from, b_to = row_limits(
+            limits, stride_l, i_b, o_q, m_q, Q, K, first_before, first_bits_before, last_before, last_bits_before, 5,
+            MASKED, CAUSAL, FIRST_BEFORE_IS_SHARE, LAST_BEFORE_IS_SHARE,
         )  # fmt: skip
         b_cut = tl.load(cuts + i_bh * Q + o_q, mask=m_q, other=float("-inf"))
         b_need = tl.load(needs + i_bh * Q + o_q, mask=m_q, other=0)
         tie = tl.load(tied + i_bh * tiles + i_q)
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
-        0, head, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
-        True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
+        b_cut, b_need, b_from, b_to, begin, head, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        True, CUT, CUT, MASKED, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if CUT:
         middle = tl.cdiv(head, BN) * BN
         plain = tl.where(tie == 0, tail, middle)  # a tile of rows without ties skips the second loop
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
-            middle, plain, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
-            False, True, False, SOFTCAP, COUNT, PRECISION,
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
+            b_cut, b_need, b_from, b_to, middle, plain, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            False, True, False, MASKED, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
-            plain, tail, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
-            False, True, True, SOFTCAP, COUNT, PRECISION,
+            b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
+            b_cut, b_need, b_from, b_to, plain, tail, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            False, True, True, MASKED, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
-        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, b_n, b_stop, b_start, b_cut, b_need, b_from, b_to,
-        tail, end, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
-        True, CUT, CUT, SOFTCAP, COUNT, PRECISION,
+        b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
+        b_cut, b_need, b_from, b_to, tail, end, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        True, CUT, CUT, MASKED, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + i_h).to(tl.float32) * 1.4426950408889634

@@ -5,11 +5,14 @@ import triton.language as tl
 
 from sah_transformers.kernels.prefill.rows import (
     SMALLEST,
-    band_bounds,
     granted,
     load_rows,
+    mask_rows,
+    masses,
+    outside,
     products,
-    visible_keys,
+    row_limits,
+    shown,
 )
 
 
@@ -22,12 +25,32 @@ def mixed(x):
 
 
 @triton.jit
+def sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS: tl.constexpr):
+    """Every ``chunks``-th of ``chunks * BS`` jittered positions in ``[begin, begin + length)``, from ``i_c`` on."""
+    o_s = tl.arange(0, BS) * chunks + i_c
+    seed = (o_s + i_t * 40503).to(tl.uint32) + (i_bh * 69069).to(tl.uint32)
+    b_jitter = (mixed(seed) >> 1).to(tl.int32) % length
+    o_k = begin + ((o_s.to(tl.int64) * length + b_jitter) // (chunks * BS)).to(tl.int32)
+    return tl.minimum(o_k, K - 1)
+
+
+@triton.jit
+def sampled_scores(b_q, p_k, o_k, stride_k, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores ``[rows, len(o_k)]`` of keys anywhere."""
+    o_d = tl.arange(0, BD)
+    p = p_k + o_k.to(tl.int64)[None, :] * stride_k + o_d[:, None]
+    return products(b_q, tl.load(p, mask=(o_d < D)[:, None], other=0.0), PRECISION)
+
+
+@triton.jit
 def bracket_kernel(
-    q, k, lows, highs, i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
-    first, first_bits, last, last_bits, budget, budget_bits, chunks, most, deviations,
+    q, k, lows, highs, mask, limits, i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb,
+    stride_qh,
+    stride_qq, stride_kb, stride_kg, stride_kk, first, first_bits, last, last_bits, budget, budget_bits, chunks, most,
+    deviations,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr,
     FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``lows <= k-th best score <= highs`` for nearly every row, from ``chunks`` samples of BS keys each."""
     i_t = tl.program_id(0)
@@ -36,35 +59,43 @@ def bracket_kernel(
     o_r = i_t * BM + tl.arange(0, BM)
     m_r = o_r < rows
     o_q = i_first + o_r
-    b_n = tl.where(m_r, visible_keys(o_q, Q, K, CAUSAL), 0)
-    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-    b_c = b_start - b_stop
+    b_n, b_begin, b_end, b_stop, b_start = row_limits(
+        limits, stride_l, i_b, o_q, m_r, Q, K, first, first_bits, last, last_bits, 5, MASKED, CAUSAL,
+        FIRST_IS_SHARE, LAST_IS_SHARE,
+    )  # fmt: skip
+    b_c = outside(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
     b_k = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
     b_low = tl.full([BM], SMALLEST, tl.float32)
     b_high = tl.full([BM], float("inf"), tl.float32)
     if tl.max(b_c, 0) > most:  # else all candidates fit into the lists
-        begin = tl.max(tl.where(m_r, b_stop, 0), 0)
-        length = tl.maximum(tl.min(tl.where(m_r, b_start, 2147483647), 0) - begin, 1)
+        m_c = b_c > most
+        begin = tl.max(tl.where(m_c, b_stop, 0), 0)
+        length = tl.maximum(tl.min(tl.where(m_c, b_start, 2147483647), 0) - begin, 1)
         b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
         p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
         total = chunks * BS
         b_p = tl.minimum(b_k.to(tl.float32) / tl.maximum(b_c, 1).to(tl.float32), 1.0)
         b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0 / chunks
         b_skew = (deviations * deviations - 1.0) * (1.0 - 2.0 * b_p) * BS / (6.0 * total)  # of the binomial's tails
-        b_below = tl.ceil(b_p * BS + b_spread + b_skew)  # this many of a chunk should be at or above low
-        b_above = tl.floor(b_p * BS - b_spread + b_skew)  # at most this many should be above high
+        b_center = b_p * BS + b_skew
+        p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
+        b_holes = b_end - b_begin > b_n
         b_lows = tl.zeros([BM], tl.float32)
         b_highs = tl.zeros([BM], tl.float32)
         for i_c in range(chunks):
-            o_s = tl.arange(0, BS) * chunks + i_c
-            seed = (o_s + i_t * 40503).to(tl.uint32) + (i_bh * 69069).to(tl.uint32)
-            b_jitter = (mixed(seed) >> 1).to(tl.int32) % length
-            o_k = begin + ((o_s.to(tl.int64) * length + b_jitter) // total).to(tl.int32)
-            o_k = tl.minimum(o_k, K - 1)
-            o_d = tl.arange(0, BD)
-            p = p_k + o_k.to(tl.int64)[None, :] * stride_kk + o_d[:, None]
-            b_s = products(b_q, tl.load(p, mask=(o_d < D)[:, None], other=0.0), PRECISION)
+            o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
+            b_s = sampled_scores(b_q, p_k, o_k, stride_kk, D, BD, PRECISION)
+            b_size = b_center * 0.0 + BS
             b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
+            if MASKED:
+                m_s = shown(p_mask, o_k, b_stop, b_start, b_holes, MASKED)
+                b_size = tl.sum(m_s.to(tl.float32), 1)
+                b_min = tl.min(tl.where(m_s, b_s, float("inf")), 1)
+                b_s = tl.where(m_s, b_s, float("-inf"))
+                b_max = tl.max(b_s, 1)
+            b_aside = b_spread * tl.sqrt(b_size / BS)
+            b_below = tl.ceil(b_center * (b_size / BS) + b_aside)  # this many should be at or above low
+            b_above = tl.floor(b_center * (b_size / BS) - b_aside)  # at most this many should be above high
             b_la, b_lb, b_ha, b_hb = b_min, b_max, b_min, b_max
             for _ in range(STEPS):
                 b_mid = 0.5 * b_la + 0.5 * b_lb
@@ -75,11 +106,88 @@ def bracket_kernel(
                 b_few = tl.sum((b_s > b_mid[:, None]).to(tl.float32), 1) <= b_above
                 b_hb = tl.where(b_few, b_mid, b_hb)
                 b_ha = tl.where(b_few, b_ha, b_mid)
-            b_lows += b_la
-            b_highs += b_hb
-        b_low = tl.where(b_below <= BS, b_lows / chunks, SMALLEST)
-        b_high = tl.where(b_above >= 0, b_highs / chunks, float("inf"))
+            b_lows += tl.where(b_below <= b_size, b_la, SMALLEST)
+            b_highs += tl.where(b_above >= 0, b_hb, float("inf"))
+        b_low = tl.where(m_c, tl.maximum(b_lows / chunks, SMALLEST), SMALLEST)
+        b_high = tl.where(m_c, b_highs / chunks, float("inf"))
         b_low = tl.where(b_c <= b_k, float("inf"), b_low)  # nothing to find: write nothing
         b_high = tl.where(b_c <= b_k, float("inf"), b_high)
+    tl.store(lows + i_bh * rows + o_r, b_low, mask=m_r)
+    tl.store(highs + i_bh * rows + o_r, b_high, mask=m_r)
+
+
+@triton.jit
+def bracket_mass_kernel(
+    q, k, stats, lows, highs, mask, limits, i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb,
+    stride_qh, stride_qq, stride_kb, stride_kg, stride_kk, first, first_bits, last, last_bits, chunks, most,
+    deviations, scale, softcap,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``lows <= cut <= highs`` for nearly every row, from ``chunks`` samples of BS keys each.
+
+    The mass below the cut is estimated, not the one above it: it consists of many small terms. Its variance is at most
+    its largest term times itself.
+    """
+    i_t = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_r = i_t * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    o_q = i_first + o_r
+    b_n, b_begin, b_end, b_stop, b_start = row_limits(
+        limits, stride_l, i_b, o_q, m_r, Q, K, first, first_bits, last, last_bits, 5, MASKED, CAUSAL,
+        FIRST_IS_SHARE, LAST_IS_SHARE,
+    )  # fmt: skip
+    b_c = outside(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_low = tl.full([BM], SMALLEST, tl.float32)
+    b_high = tl.full([BM], float("inf"), tl.float32)
+    p_stats = stats + i_bh * Q + o_q
+    size = tl.num_programs(1).to(tl.int64) * Q
+    m_c = (b_c > most) & (tl.load(p_stats + size, mask=m_r, other=0.0) > 0)
+    if tl.max(m_c.to(tl.int32), 0) > 0:  # else all candidates fit into the lists
+        begin = tl.max(tl.where(m_c, b_stop, 0), 0)
+        length = tl.maximum(tl.min(tl.where(m_c, b_start, 2147483647), 0) - begin, 1)
+        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
+        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
+        b_holes = b_end - b_begin > b_n
+        b_peak = tl.load(p_stats, mask=m_r, other=0.0)
+        b_left = tl.load(p_stats + size * 2, mask=m_r, other=0.0) / tl.maximum(b_c, 1).to(tl.float32)
+        b_lows = tl.zeros([BM], tl.float32)
+        b_highs = tl.zeros([BM], tl.float32)
+        for i_c in range(chunks):
+            o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
+            b_s = sampled_scores(b_q, p_k, o_k, stride_kk, D, BD, PRECISION)
+            b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
+            b_w = masses(b_s, b_peak[:, None], scale, softcap, SOFTCAP)
+            b_out = b_left * BS  # what the sample should hold below the cut
+            if MASKED:
+                m_s = shown(p_mask, o_k, b_stop, b_start, b_holes, MASKED)
+                b_out = b_left * tl.sum(m_s.to(tl.float32), 1)
+                b_min = tl.min(tl.where(m_s, b_s, float("inf")), 1)
+                b_max = tl.max(tl.where(m_s, b_s, float("-inf")), 1)
+                b_w = tl.where(m_s, b_w, 0.0)
+            b_la, b_lb, b_ha, b_hb = b_min, b_max, b_min, b_max
+            for _ in range(STEPS):
+                b_mid = 0.5 * b_la + 0.5 * b_lb
+                b_one = masses(b_mid, b_peak, scale, softcap, SOFTCAP)
+                b_below = tl.sum(tl.where(b_w < b_one[:, None], b_w, 0.0), 1)
+                b_less = b_below + deviations * tl.sqrt(b_one * (b_below + b_one) / chunks) <= b_out
+                b_la = tl.where(b_less, b_mid, b_la)
+                b_lb = tl.where(b_less, b_lb, b_mid)
+                b_mid = 0.5 * b_ha + 0.5 * b_hb
+                b_one = masses(b_mid, b_peak, scale, softcap, SOFTCAP)
+                b_below = tl.sum(tl.where(b_w < b_one[:, None], b_w, 0.0), 1)
+                b_more = b_below - deviations * tl.sqrt(b_one * (b_below + b_one) / chunks) >= b_out
+                b_hb = tl.where(b_more, b_mid, b_hb)
+                b_ha = tl.where(b_more, b_ha, b_mid)
+            b_lows += tl.where(b_la > b_min, b_la, SMALLEST)
+            b_highs += tl.where(b_hb < b_max, b_hb, float("inf"))
+        b_low = tl.where(m_c, tl.maximum(b_lows / chunks, SMALLEST), SMALLEST)
+        b_high = tl.where(m_c, b_highs / chunks, float("inf"))
+    m_none = tl.load(p_stats + size, mask=m_r, other=0.0) <= 0  # nothing to find: write nothing
+    b_low = tl.where(m_none, float("inf"), b_low)
     tl.store(lows + i_bh * rows + o_r, b_low, mask=m_r)
     tl.store(highs + i_bh * rows + o_r, b_high, mask=m_r)

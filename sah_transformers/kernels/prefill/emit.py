@@ -5,11 +5,14 @@ import triton.language as tl
 
 from sah_transformers.kernels.prefill.rows import (
     SMALLEST,
-    band_bounds,
     load_columns,
     load_rows,
+    mask_rows,
+    masses,
     products,
-    visible_keys,
+    row_limits,
+    shown,
+    tile_ranges,
 )
 
 
@@ -60,9 +63,11 @@ def write_between(
 
 @triton.jit
 def emit_tiles(
-    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start, i_first,
-    i_last, K, stride_k, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr, ASM: tl.constexpr,
+    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak, b_stop,
+    b_start, i_first, i_last, K, stride_k, scale, softcap, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+    EDGE: tl.constexpr,
+    MASKED: tl.constexpr, MASS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
 
@@ -74,13 +79,24 @@ def emit_tiles(
         b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
         b_s = products(b_q, b_k, PRECISION)
         if EDGE:
-            o_k = i_n + o_n
-            m_s = (o_k[None, :] >= b_stop[:, None]) & (o_k[None, :] < b_start[:, None])
+            m_s = shown(p_mask, i_n + o_n, b_stop, b_start, b_holes, MASKED)
             b_s = tl.where(m_s, b_s, float("-inf"))
+        if EDGE and MASKED:  # in the layout of a loaded mask Triton 3.6 sums the quarters below wrongly
+            if MASS:
+                b_w = masses(b_s, b_peak, scale, softcap, SOFTCAP)
+                b_row = tl.sum(tl.where(b_s > b_high, b_w, 0.0), 1)
+            else:
+                b_row = tl.sum((b_s >= b_low).to(tl.float32), 1)
+            b_reached += tl.where(tl.arange(0, 4)[None, :] == 0, b_row[:, None], 0.0)
         b_s = tl.reshape(tl.permute(tl.reshape(b_s, [BM, BN // 8, 4, 2]), (0, 2, 1, 3)), [BM, 4, BN // 4])
         b_over = tl.maximum(b_end - b_full, 0)
         b_lost += b_over
-        b_reached += tl.sum((b_s >= b_low[:, :, None]).to(tl.float32), 2)
+        if not (EDGE and MASKED):
+            if MASS:
+                b_w = masses(b_s, b_peak[:, :, None], scale, softcap, SOFTCAP)
+                b_reached += tl.sum(tl.where(b_s > b_high[:, :, None], b_w, 0.0), 2)
+            else:
+                b_reached += tl.sum((b_s >= b_low[:, :, None]).to(tl.float32), 2)
         b_end, b_1, b_2, b_3 = write_between(
             b_s, b_low, b_high, p_list, b_end - b_over, b_1, b_2, b_3, BM, BN // 4, ASM
         )
@@ -89,17 +105,19 @@ def emit_tiles(
 
 @triton.jit
 def emit_kernel(
-    q, k, lows, highs, lists, list_counts, list_reached,
-    i_first, rows, H, Q, K, group, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
-    first, first_bits, last, last_bits, capacity,
+    q, k, lows, highs, stats, lists, list_counts, list_reached, mask, limits,
+    i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb, stride_qh, stride_qq, stride_kb,
+    stride_kg, stride_kk,
+    first, first_bits, last, last_bits, capacity, scale, softcap,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr, PRECISION: tl.constexpr,
-    ASM: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr, MASKED: tl.constexpr,
+    MASS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
 
     ``lists`` ``[B*H, rows, capacity * 4]``; ``list_counts`` and ``list_reached`` ``[B*H, rows, 4]``: how many are in
-    the bracket (negative where the list was too short) and how many at or above its lower end.
+    the bracket (negative where the list was too short) and how many at or above its lower end, with MASS the mass
+    above its upper end.
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -107,14 +125,21 @@ def emit_kernel(
     o_r = i_t * BM + tl.arange(0, BM)
     m_r = o_r < rows
     o_q = i_first + o_r
-    b_n = tl.where(m_r, visible_keys(o_q, Q, K, CAUSAL), 0)
-    b_stop, b_start = band_bounds(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    b_n, b_begin, b_last, b_stop, b_start = row_limits(
+        limits, stride_l, i_b, o_q, m_r, Q, K, first, first_bits, last, last_bits, 5, MASKED, CAUSAL,
+        FIRST_IS_SHARE, LAST_IS_SHARE,
+    )  # fmt: skip
+    p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
+    b_holes = b_last - b_begin > b_n
     b_low = tl.where(m_r, SMALLEST, float("inf"))
     b_high = tl.full([BM], float("inf"), tl.float32)
     if BRACKET:
         b_low = tl.load(lows + i_bh * rows + o_r, mask=m_r, other=float("inf"))
         b_high = tl.load(highs + i_bh * rows + o_r, mask=m_r, other=float("inf"))
     b_low, b_high = b_low[:, None], b_high[:, None]
+    b_peak = b_low
+    if MASS:
+        b_peak = tl.load(stats + i_bh * Q + o_q, mask=m_r, other=0.0)[:, None]
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
     o_l = tl.arange(0, 4)
@@ -123,29 +148,26 @@ def emit_kernel(
     b_first = ((i_bh * rows + o_r)[:, None] * capacity * 16 + o_l[None, :] * 0).to(tl.int32)
     b_full = b_first + (capacity - BN // 4) * 16
     b_end = b_first
-    begin = tl.min(tl.where(b_start > b_stop, b_stop, 2147483647), 0)
-    end = tl.max(tl.where(b_start > b_stop, b_start, 0), 0)
-    begin = tl.minimum(begin, end) // BN * BN
-    inner = tl.cdiv(tl.max(b_stop, 0), BN) * BN
-    inner_end = tl.min(tl.where(m_r, b_start, 2147483647), 0) // BN * BN
-    inner = tl.maximum(tl.minimum(inner, tl.cdiv(end, BN) * BN), begin)
-    inner_end = tl.maximum(inner_end, inner)
-    b_reached = tl.zeros([BM, 4], tl.float32)
+    begin, inner, inner_end, end = tile_ranges(b_stop, b_start, b_stop, b_start, m_r, b_holes, BN, MASKED)
+    b_reached = tl.zeros([BM, 4], tl.float64 if MASS else tl.float32)
     b_lost = tl.zeros([BM, 4], tl.int32)
     b_1 = tl.zeros([BM, 4], tl.float32)
     b_2 = tl.zeros([BM, 4], tl.float32)
     b_3 = tl.zeros([BM, 4], tl.float32)
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
-        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
-        begin, inner, K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
+        b_stop, b_start, begin, inner, K, stride_kk, scale, softcap, D, BD, BM, BN, True, MASKED, MASS, SOFTCAP,
+        PRECISION, ASM,
     )  # fmt: skip
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
-        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
-        inner, inner_end, K, stride_kk, D, BD, BM, BN, False, PRECISION, ASM,
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
+        b_stop, b_start, inner, inner_end, K, stride_kk, scale, softcap, D, BD, BM, BN, False, MASKED, MASS, SOFTCAP,
+        PRECISION, ASM,
     )  # fmt: skip
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
-        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, b_full, b_low, b_high, b_stop, b_start,
-        inner_end, end, K, stride_kk, D, BD, BM, BN, True, PRECISION, ASM,
+        b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
+        b_stop, b_start, inner_end, end, K, stride_kk, scale, softcap, D, BD, BM, BN, True, MASKED, MASS, SOFTCAP,
+        PRECISION, ASM,
     )  # fmt: skip
     if ASM:  # the scores that still wait
         b_wait = tl.where(m_r[:, None], b_end // 16 % 4, 0)
@@ -155,4 +177,4 @@ def emit_kernel(
         tl.store(p_last + 2, b_3, mask=b_wait > 2)
     b_count = (b_end - b_first + b_lost) // 16
     tl.store(list_counts + o_c, tl.where(b_lost > 0, -b_count, b_count), mask=m_r[:, None])
-    tl.store(list_reached + o_c, b_reached.to(tl.int32), mask=m_r[:, None])
+    tl.store(list_reached + o_c, b_reached.to(list_reached.dtype.element_ty), mask=m_r[:, None])

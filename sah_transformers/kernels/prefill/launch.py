@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +10,17 @@ import triton
 
 from sah_transformers.kernels.prefill import parts
 from sah_transformers.kernels.prefill.attend import attend_kernel
-from sah_transformers.kernels.prefill.bracket import bracket_kernel
+from sah_transformers.kernels.prefill.bracket import bracket_kernel, bracket_mass_kernel
 from sah_transformers.kernels.prefill.emit import emit_kernel
+from sah_transformers.kernels.prefill.limits import FIELDS, limits_kernel
+from sah_transformers.kernels.prefill.mass import mass_kernel
 from sah_transformers.kernels.prefill.select import select_kernel
+from sah_transformers.kernels.prefill.select_mass import select_mass_kernel
 from sah_transformers.kernels.prefill.settle import settle_kernel
-from sah_transformers.kernels.prefill.stack import Stack, budget_arguments
-from sah_transformers.kernels.prefill.tiles import FUSION, padded, precision_of, tiles_for
+from sah_transformers.kernels.prefill.stack import Stack, bits_of, budget_arguments
+from sah_transformers.kernels.prefill.tiles import FUSION, padded, precision_of, shared_of, tiles_for
+from sah_transformers.kernels.select.reference import REACHED
+from sah_transformers.selections import Mass
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -26,17 +32,19 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
     batch, heads, rows, total = call.shape
     dim, value_dim = queries.shape[-1], values.shape[-1]
     width, value_width = padded(dim), padded(value_dim)
-    block, step, warps, stages = tiles_for(queries.dtype, max(width, value_width)).attend
+    block, step, warps, stages = tiles_for(queries.dtype, max(width, value_width), shared_of(queries.device)).attend
     out = queries.new_empty(batch, rows, heads, value_dim)
     tiles = triton.cdiv(rows, block)
     cuts = needs = tied = out  # not read without a cut
-    if stack.best is not None:
-        cuts, needs, tied = find_cuts(call, stack, queries, keys, block)
+    sight = Sight.of(call, stack, queries)
+    if stack.scored is not None:
+        cuts, needs, tied = find_cuts(call, stack, queries, keys, sight, block)
     softcap = call.context.softcap
     arguments: Any = (
         queries, keys, values, out, cuts, needs, tied, out if call.sinks is None else call.sinks.contiguous(),
-        out if counts is None else counts,
-        heads, rows, total, heads // keys.shape[1], *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        out if counts is None else counts, *sight.tensors,
+        heads, rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
+        *values.stride()[:3],
         out.stride(0), out.stride(2), out.stride(1), *stack.bands.arguments(), *stack.before.arguments(),
         call.min_keys, float(call.context.scaling), float(softcap or 1.0),
     )  # fmt: skip
@@ -51,7 +59,8 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
         CAUSAL=call.visibility.is_causal,
         **stack.bands.shares(),
         **stack.before.shares("_BEFORE"),
-        CUT=stack.best is not None,
+        CUT=stack.scored is not None,
+        MASKED=sight.masked,
         SOFTCAP=softcap is not None,
         SINKS=call.sinks is not None,
         COUNT=counts is not None,
@@ -68,8 +77,47 @@ def last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+@dataclass
+class Sight:
+    """What the kernels read of a mask.
+
+    Attributes:
+        masked: whether there is one; without it nothing of the rest is read.
+        tensors: the mask, uint8 ``[B|1, Q, K]``, and what ``limits_kernel`` found in it.
+        strides: of the mask over batch and query, of the limits over batch.
+    """
+
+    masked: bool
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, call: Call, stack: Stack, unread: torch.Tensor) -> Sight:
+        """The mask of a call and its limits; ``unread`` stands in where there is none."""
+        visibility = call.visibility
+        if visibility.is_prefix():
+            return cls(False, (unread, unread), (0, 0, 0))
+        if visibility.valid is not None:
+            mask = visibility.valid[:, None].expand(-1, call.shape[2], -1)
+        else:
+            assert visibility.mask is not None
+            mask = visibility.mask[:, 0]
+        mask = last_dim_dense(mask).view(torch.uint8)
+        batch, rows, total = mask.shape
+        limits = torch.empty(batch, FIELDS, rows, dtype=torch.int32, device=mask.device)
+        limits_kernel[(rows, batch)](
+            mask, limits, mask.stride(0), mask.stride(1), rows, total, *stack.bands.arguments(),
+            *stack.before.arguments(), CAUSAL=visibility.is_causal, **stack.bands.shares(),
+            **stack.before.shares("_BEFORE"), BLOCK=min(4096, triton.next_power_of_2(total)), num_warps=4,
+            num_stages=1, **FUSION,
+        )  # fmt: skip
+        if batch == 1:
+            return cls(True, (mask, limits), (0, mask.stride(1), 0))
+        return cls(True, (mask, limits), (mask.stride(0), mask.stride(1), FIELDS * rows))
+
+
 def find_cuts(
-    call: Call, stack: Stack, queries: torch.Tensor, keys: torch.Tensor, attend_rows: int
+    call: Call, stack: Stack, queries: torch.Tensor, keys: torch.Tensor, sight: Sight, attend_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The exact cut of every row, without storing Q x K scores.
 
@@ -82,52 +130,86 @@ def find_cuts(
         cuts float32 and needs int32 ``[B, H, Q]`` (how many keys equal to the cut a row takes), and int32
         ``[B, H, tiles]``: which tiles of ``attend_rows`` rows do not take all of them.
     """
-    assert stack.best is not None
+    assert stack.scored is not None
     batch, heads, rows, total = call.shape
     width = padded(queries.shape[-1])
-    tiles = tiles_for(queries.dtype, width)
+    tiles = tiles_for(queries.dtype, width, shared_of(queries.device))
     attend_tiles = triton.cdiv(rows, attend_rows)
     cuts = queries.new_empty(batch, heads, rows, dtype=torch.float32)
     needs, queue = (torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device) for _ in range(2))
     zeros = torch.zeros(batch * heads * (attend_tiles + 1), dtype=torch.int32, device=queries.device)
     tied, waiting = zeros[batch * heads :], zeros[: batch * heads]
     where: Any = (
-        heads, rows, total, heads // keys.shape[1], *queries.stride()[:3], *keys.stride()[:3],
+        heads, rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
         *stack.before.arguments(),
     )  # fmt: skip
-    budget = budget_arguments(stack.best.budget)
-    flags: dict[str, Any] = {"CAUSAL": call.visibility.is_causal, **stack.before.shares()}
-    ranks: dict[str, Any] = {"BUDGET_IS_SHARE": isinstance(stack.best.budget, float)}
+    softcap = call.context.softcap
+    logits: Any = (float(call.context.scaling), float(softcap or 1.0))
+    flags: dict[str, Any] = {
+        "CAUSAL": call.visibility.is_causal, "MASKED": sight.masked, **stack.before.shares()
+    }  # fmt: skip
+    capped: dict[str, Any] = {"SOFTCAP": softcap is not None}
     shape: dict[str, Any] = {"D": queries.shape[-1], "BD": width, "PRECISION": precision_of(queries)}
+    is_mass = isinstance(stack.scored, Mass)
+    stats, budget, ranks = cuts, (0, 0), {"BUDGET_IS_SHARE": False}
+    if isinstance(stack.scored, Mass):
+        stats = torch.empty(3, batch, heads, rows, dtype=torch.float32, device=queries.device)
+        block, step, warps, stages = tiles.emit
+        mass_kernel[(triton.cdiv(rows, block), batch * heads)](
+            queries, keys, stats, *sight.tensors, *where, bits_of(stack.scored.top_p - REACHED), *logits, **shape,
+            BM=block, BN=step, **flags, TOTAL=stack.scored.total, **capped, num_warps=warps, num_stages=stages,
+            **FUSION,
+        )  # fmt: skip
+    else:
+        budget = budget_arguments(stack.scored.budget)
+        ranks = {"BUDGET_IS_SHARE": isinstance(stack.scored.budget, float)}
     split = parts.Part.split(call, stack, tiles)
-    scratch = parts.Scratch.empty(split, batch * heads, queries.device)
+    scratch = parts.Scratch.empty(split, batch * heads, torch.float32 if is_mass else torch.int32, queries.device)
     start = 0
     for part in split:
-        if part.chunks:
-            block, sample, warps, stages = tiles.bracket
-            bracket_kernel[(triton.cdiv(part.rows, block), batch * heads)](
-                queries, keys, scratch.lows, scratch.highs, start, part.rows, *where, *budget, part.chunks,
-                part.most, parts.DEVIATIONS, **shape, BM=block, BS=sample, STEPS=9, **flags, **ranks,
+        block, sample, warps, stages = tiles.bracket
+        grid = (triton.cdiv(part.rows, block), batch * heads)
+        if part.chunks and is_mass:
+            bracket_mass_kernel[grid](
+                queries, keys, stats, scratch.lows, scratch.highs, *sight.tensors, start, part.rows, *where,
+                part.chunks, part.most, parts.MASS_DEVIATIONS, *logits, **shape, BM=block, BS=sample, STEPS=9,
+                **flags, **capped, num_warps=warps, num_stages=stages, **FUSION,
+            )  # fmt: skip
+        elif part.chunks:
+            bracket_kernel[grid](
+                queries, keys, scratch.lows, scratch.highs, *sight.tensors, start, part.rows, *where, *budget,
+                part.chunks, part.most, parts.DEVIATIONS, **shape, BM=block, BS=sample, STEPS=9, **flags, **ranks,
                 num_warps=warps, num_stages=stages, **FUSION,
             )  # fmt: skip
         block, step, warps, stages = tiles.emit
         emit_kernel[(triton.cdiv(part.rows, block), batch * heads)](
-            queries, keys, scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, start,
-            part.rows, *where, part.capacity, **shape, BM=block, BN=step, **flags, BRACKET=part.chunks > 0,
-            ASM=queries.is_cuda, num_warps=warps, num_stages=stages, **FUSION,
+            queries, keys, scratch.lows, scratch.highs, stats, scratch.lists, scratch.counts, scratch.reached,
+            *sight.tensors, start, part.rows, *where, part.capacity, *logits, **shape, BM=block, BN=step, **flags,
+            BRACKET=part.chunks > 0, MASS=is_mass, **capped, ASM=queries.is_cuda, num_warps=warps,
+            num_stages=stages, **FUSION,
         )  # fmt: skip
         listed = max(64, triton.next_power_of_2(part.capacity))
-        select_kernel[(part.rows, batch * heads)](
-            scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached, cuts, needs, tied, waiting,
-            queue, start, part.rows, rows, total, *stack.before.arguments(), *budget, part.capacity, attend_tiles,
-            BC=listed, TILE=attend_rows, **flags, **ranks, BRACKET=part.chunks > 0,
-            num_warps=min(8, max(1, listed // 256)), num_stages=1, **FUSION,
-        )  # fmt: skip
+        lists: Any = (scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached)
+        seen: Any = (sight.tensors[1], start, part.rows, heads, rows, total, sight.strides[2])
+        options: Any = {
+            **flags, "BC": listed, "BRACKET": part.chunks > 0, "num_warps": min(8, max(1, listed // 256)),
+            "num_stages": 1, **FUSION,
+        }  # fmt: skip
+        if is_mass:
+            select_mass_kernel[(part.rows, batch * heads)](
+                *lists, stats, cuts, needs, waiting, queue, *seen, *stack.before.arguments(), part.capacity, *logits,
+                **capped, **options,
+            )  # fmt: skip
+        else:
+            select_kernel[(part.rows, batch * heads)](
+                *lists, cuts, needs, tied, waiting, queue, *seen, *stack.before.arguments(), *budget, part.capacity,
+                attend_tiles, TILE=attend_rows, **ranks, **options,
+            )  # fmt: skip
         start += part.rows
     block, step, warps, pivots = tiles.settle
     settle_kernel[(triton.cdiv(rows, block), batch * heads)](
-        queries, keys, cuts, needs, tied, waiting, queue, *where, *budget, attend_tiles, **shape, BM=block, BN=step,
-        PIVOTS=pivots, TILE=attend_rows, **flags, **ranks, num_warps=warps, num_stages=2,
-        **FUSION,
+        queries, keys, stats, cuts, needs, tied, waiting, queue, *sight.tensors, *where, *budget, attend_tiles,
+        *logits, **shape, BM=block, BN=step, PIVOTS=pivots, TILE=attend_rows, **flags, **ranks, MASS=is_mass,
+        **capped, num_warps=warps, num_stages=2, **FUSION,
     )  # fmt: skip
     return cuts, needs, tied

@@ -12,6 +12,7 @@ import triton
 from sah_transformers.budget import most
 from sah_transformers.kernels.prefill.stack import Stack
 from sah_transformers.kernels.prefill.tiles import Tiles
+from sah_transformers.selections import Mass
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -22,11 +23,17 @@ SCRATCH_BYTES = 2**30
 DEVIATIONS = 4.0
 """Half the bracket, in standard deviations of the rank that the sample estimates: 6 rows in 100,000 miss."""
 
+MASS_DEVIATIONS = 3.5
+"""The same for a mass: its variance is estimated from above."""
+
 SAMPLE_STRIDE = 32
 """One key of this many is sampled."""
 
 LEAST_SAMPLE = 512
 """Keys that are sampled at least, where a sample is that large for the dtype."""
+
+LEAST_MASS_SAMPLE = 1024
+"""The same where a mass is sought."""
 
 ALWAYS_LISTED = 1024
 """Rows with at most this many candidates list them all."""
@@ -75,15 +82,20 @@ class Part:
     @classmethod
     def sized(cls, rows: int, seen: int, stack: Stack, tiles: Tiles) -> Part:
         """The lists of rows that see up to ``seen`` keys."""
-        assert stack.best is not None
+        scored = stack.scored
+        assert scored is not None
         slack = tiles.emit[1] // 4
         if seen <= ALWAYS_LISTED:
             return cls(rows, 0, triton.cdiv(seen, 32) * 8 + 2 * slack, seen)
         sample = tiles.bracket[1]
-        chunks = max(1, LEAST_SAMPLE // sample, min(16, seen // (SAMPLE_STRIDE * sample)))
-        share = min(1.0, most(stack.best.budget, seen) / seen)
-        deviation = math.sqrt(max(share * (1 - share), 1 / sample) / (chunks * sample))
-        inside = (2 * DEVIATIONS + 5.0) * deviation + 2 / sample + 0.005
+        least = LEAST_MASS_SAMPLE if isinstance(scored, Mass) else LEAST_SAMPLE
+        chunks = max(1, least // sample, min(16, seen // (SAMPLE_STRIDE * sample)))
+        if isinstance(scored, Mass):  # for normal scores
+            inside = 2 * MASS_DEVIATIONS * math.sqrt((1.12 - scored.top_p) / (chunks * sample)) + 0.04
+        else:
+            share = min(1.0, most(scored.budget, seen) / seen)
+            deviation = math.sqrt(max(share * (1 - share), 1 / sample) / (chunks * sample))
+            inside = (2 * DEVIATIONS + 5.0) * deviation + 2 / sample + 0.005
         listed = min(seen, max(ALWAYS_LISTED, int(seen * inside)))
         capacity = triton.cdiv(listed, 128) * 32 + slack
         return cls(rows, chunks, capacity, min(listed, 4 * (capacity - 2 * slack)))
@@ -100,11 +112,11 @@ class Scratch:
     reached: torch.Tensor
 
     @classmethod
-    def empty(cls, parts: list[Part], heads: int, device: torch.device) -> Scratch:
+    def empty(cls, parts: list[Part], heads: int, reached: torch.dtype, device: torch.device) -> Scratch:
         """Room for any one of ``parts``."""
         size = heads * max(part.rows for part in parts)
         listed = heads * max(part.rows * part.capacity for part in parts)
         lows, highs = torch.empty((2, size), dtype=torch.float32, device=device)
-        counts, reached = torch.empty((2, 4 * size), dtype=torch.int32, device=device)
+        counts = torch.empty(4 * size, dtype=torch.int32, device=device)
         lists = torch.empty(4 * listed, dtype=torch.float32, device=device)
-        return cls(lows, highs, lists, counts, reached)
+        return cls(lows, highs, lists, counts, torch.empty(4 * size, dtype=reached, device=device))

@@ -6,9 +6,9 @@ import triton.language as tl
 from sah_transformers.kernels.prefill.rows import (
     ALL,
     SMALLEST,
-    band_bounds,
     granted,
     ordered,
+    outside,
     restored,
     visible_keys,
 )
@@ -45,10 +45,11 @@ def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    lows, highs, lists, list_counts, list_reached, cuts, needs, tied, waiting, queue,
-    i_first, rows, Q, K, first, first_bits, last, last_bits, budget, budget_bits, capacity, tiles,
+    lows, highs, lists, list_counts, list_reached, cuts, needs, tied, waiting, queue, limits,
+    i_first, rows, H, Q, K, stride_l, first, first_bits, last, last_bits, budget, budget_bits, capacity, tiles,
     BC: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr,
     LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: the cut of one row from its lists; a row that they cannot decide joins the queue.
 
@@ -58,11 +59,13 @@ def select_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     i_q = i_first + i_r
     n = visible_keys(i_q, Q, K, CAUSAL)
-    stop, start = band_bounds(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
+    if MASKED:
+        n = tl.load(limits + i_bh // H * stride_l + i_q)
+    candidates = outside(n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
     wanted = granted(n, budget, budget_bits, BUDGET_IS_SHARE)
     cut = tl.full([], float("-inf"), tl.float32)
     need = n * 0 + ALL
-    if wanted < start - stop:
+    if wanted < candidates:
         i_row = i_bh * rows + i_r
         p_count = list_counts + i_row * 4
         p_list = lists + i_row * capacity * 4

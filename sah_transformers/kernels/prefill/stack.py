@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sah_transformers.budget import Budget
-from sah_transformers.selections import Best, Everything, First, Last, Selection
+from sah_transformers.selections import Best, Everything, First, Last, Mass, Selection
 
 ALL = 2**31 - 1
 
@@ -45,10 +45,15 @@ class Bands:
         return {f"{name}{which}_IS_SHARE": is_share for name, is_share in shares.items()}
 
 
+def bits_of(share: float) -> int:
+    """The bits of a float64, which Triton's float arguments would round."""
+    return struct.unpack("<q", struct.pack("<d", share))[0]
+
+
 def budget_arguments(budget: Budget) -> tuple[int, int]:
     """(count, bits of the float64 share), one of them 0."""
     if isinstance(budget, float):
-        return 0, struct.unpack("<q", struct.pack("<d", budget))[0]
+        return 0, bits_of(budget)
     return min(budget, ALL), 0
 
 
@@ -59,12 +64,12 @@ class Stack:
     Attributes:
         before: bands that the scored selection does not choose from.
         bands: all bands of the stack.
-        best: the scored selection, or None.
+        scored: the scored selection, or None.
     """
 
     before: Bands = field(default_factory=Bands)
     bands: Bands = field(default_factory=Bands)
-    best: Best | None = None
+    scored: Best | Mass | None = None
 
 
 def stack_of(selections: Sequence[Selection | None]) -> Stack | str:
@@ -72,9 +77,9 @@ def stack_of(selections: Sequence[Selection | None]) -> Stack | str:
     scored = [i for i, selection in enumerate(selections) if not isinstance(selection, First | Last | Everything)]
     if len(scored) > 1:
         return "more than one masker of the stack ranks or samples keys"
-    if scored and not isinstance(selections[scored[0]], Best):
-        what = selections[scored[0]]
-        return "a masker of the stack is not described" if what is None else f"{type(what).__name__} has no kernel"
+    ranked = selections[scored[0]] if scored else None
+    if scored and ranked is None:
+        return "a masker of the stack is not described"
     bands = Bands.of(selections)
     before = Bands.of(selections[: scored[0]]) if scored else bands
     if bands is None or before is None:
@@ -82,8 +87,5 @@ def stack_of(selections: Sequence[Selection | None]) -> Stack | str:
     if not selections:
         bands = Bands.of([Everything()])
         assert bands is not None
-    best = selections[scored[0]] if scored else None
-    assert best is None or isinstance(best, Best)
-    if best is not None and bands.last == ALL:
-        best = None
-    return Stack(before, bands, best)
+    assert ranked is None or isinstance(ranked, Best | Mass)
+    return Stack(before, bands, None if bands.last == ALL else ranked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,8 +27,14 @@ class Tiles:
     settle: tuple[int, int, int, int]
 
 
-def tiles_for(dtype: torch.dtype, dim: int) -> Tiles:
-    """Block shapes, measured on an H100 for 16-bit numbers and ``dim`` 128, the larger head dimension padded."""
+def tiles_for(dtype: torch.dtype, dim: int, shared: int) -> Tiles:
+    """Block shapes, measured on an H100 for 16-bit numbers and ``dim`` 128.
+
+    Args:
+        dtype: of the tensors.
+        dim: the larger head dimension, padded.
+        shared: bytes of shared memory that a block may have; 99 KiB are enough for all.
+    """
     if dtype == torch.float32:
         keys, sample = (32, 128) if dim <= 128 else (16, 64)
         return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, sample, 4, 1), (16, 16, 4, 16))
@@ -35,7 +42,17 @@ def tiles_for(dtype: torch.dtype, dim: int) -> Tiles:
         return Tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 256, 4, 1), (16, 64, 8, 16))
     if dim <= 128:
         return Tiles((64, 64, 4, 3), (64, 64, 4, 3), (64, 256, 4, 1), (16, 64, 8, 16))
+    if shared < 164 * 1024:
+        return Tiles((64, 32, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1), (16, 64, 8, 16))
     return Tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 256, 4, 1), (16, 64, 8, 16))
+
+
+@lru_cache
+def shared_of(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on ``device``; the interpreter knows no limit."""
+    if device.type != "cuda":
+        return 2**31
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def padded(dim: int) -> int:
