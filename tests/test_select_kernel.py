@@ -295,17 +295,19 @@ def test_strided_tensors():
 
 
 @kernel_test
-@pytest.mark.parametrize("most", [1, 150])
-@pytest.mark.parametrize(("rows", "keys"), [(13, 15), (20, 5)])
+@pytest.mark.parametrize("most", [1, 600, 2**28])
+@pytest.mark.parametrize(("rows", "keys"), [(30, 40), (20, 5)])
 def test_blocks_of_rows(monkeypatch, most, rows, keys):
-    """However many scores are held at once, the mask is the same; what was active beyond a block's reach stays."""
+    """However rows are taken together, the mask is the same; what was active beyond their reach stays."""
     from sah_transformers.kernels.select import kernel
 
     q, k, v = tensors(H=2, G=1, Q=rows, K=keys, data="whole numbers")
     had = torch.rand(1, 2, rows, keys, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.2
     monkeypatch.setattr(kernel, "BLOCK_ELEMENTS", most)
+    monkeypatch.setattr(kernel, "LEAST_WIDTH", 1)
     monkeypatch.setattr("sah_transformers.attention.BLOCK_ELEMENTS", {"cpu": most, "cuda": most})
     check(0.3, q, k, v, had, exact=True)
+    check(0.3, q, k, v, exact=True)
 
 
 @kernel_test
@@ -365,7 +367,7 @@ def test_why_not():
 @gpu_test
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K", [256, 1000, 1024, 2048, 4096, 5000, 8192, 16384, MOST_KEYS])
+@pytest.mark.parametrize("K", [256, 1000, 1024, 2048, 4096, 5000, 8192, MOST_KEYS])
 def test_long(K, dtype):
     q, k, v = tensors(H=8, G=2, Q=min(K, 300), K=K, D=64, dtype=dtype)
     had = (torch.rand(1, 8, q.shape[2], K, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE) < 0.5).tril(

@@ -6,16 +6,17 @@ flags the rows whose estimates cannot decide the cut within it; the caller decid
 
 ``select_mask(call)`` is the whole of ``OracleTopK.add_mask`` on a GPU: bool ``[B, H, Q, K]``, what the call starts from
 plus each row's best candidates, by score per query head. ``why_not(call)`` names what it does not cover: other
-selections, a bias, index lists, a previous mask with weights, more than 32,768 keys, other dtypes than float16,
+selections, a bias, index lists, a previous mask with weights, more than 16,384 keys, other dtypes than float16,
 bfloat16, float32.
 
 Each row takes exactly its budget (or all its candidates), lower position first among equal scores; -0 equals +0, NaN
-and -inf rank last. Scores are float32 sums of exact products (float16, bfloat16) or of float32 products, times
-``scaling`` in float32, so that scores which scaling rounds together tie, as they do in the definition, and scores which
-are equal in float64 and in every order of summation tie exactly. The definition rounds float64 scores once; a row may
-differ from it only in keys whose scores differ by less than the float32 rounding of their dot product. Products whose
-float32 sum overflows are inf or NaN here. Two runs give the same bits, nothing waits for the device, and scores of
-at most 2**28 keys (1 GiB) are held at once.
+and -inf rank last. A score is a float32 dot product times ``scaling`` in float32, where the definition rounds the
+float64 score once: a row may differ from it only in keys whose scores are closer than the float32 rounding of their dot
+product. Where that product is exact (zeros, whole numbers) and ``scaling`` a float32 number, the mask is the
+definition's to the bit, with the ties that scaling makes by rounding. Equal keys tie as long as the matrix product sums
+every column in the same order. What is beyond float32 before scaling is inf or NaN here.
+
+Two runs give the same bits, nothing waits for the device, scores of at most 2**28 keys (1 GiB) are held at once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sah_transformers.attention import Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_KEYS = 2**15
+MOST_KEYS = 2**14
 """A row lies in the registers of one program."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -7,6 +7,7 @@ position. All of it is integers, so two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,17 +27,24 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 2**28
 """Scores held at once: 1 GiB."""
 
+LEAST_WIDTH = 1024
+"""Rows that reach fewer keys have no narrower program of their own: a launch costs more than it saves."""
+
 LOWEST = tl.constexpr(-(2**31))
 
 
-@triton.jit(do_not_specialize=["H", "Q", "first", "rows", "sm_b", "sm_h", "size", "share"])
+@triton.jit(do_not_specialize=["H", "Q", "first", "rows", "held", "sm_b", "sm_h", "size", "share"])
 def top_k_kernel(
-    scores, previous, mask, out, H, Q, K, first, rows, reach, sm_b, sm_h, sm_q, sm_k, size, share, scaling,
+    scores, previous, mask, out, H, Q, K, first, rows, held, reach, sm_b, sm_h, sm_q, sm_k, size, share, scaling,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PREVIOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``first:first + rows`` of ``out [B, H, Q, K]``, from their ``scores [B, H, rows, reach]``."""
+    """Rows ``first:first + rows`` of ``out [B, H, Q, K]``, none of which sees a key beyond ``BLOCK``.
+
+    Their scores are the first of ``scores [B, H, held, reach]``.
+    """
     i = tl.program_id(0).to(tl.int64)
     i_bh, i_q = i // rows, first + i % rows
+    p_scores = scores + (i_bh * held + i % rows) * reach
     row = (i_bh * Q + i_q) * K
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < K
@@ -47,7 +55,7 @@ def top_k_kernel(
         p_mask = mask + (i_bh // H) * sm_b + (i_bh % H) * sm_h + i_q * sm_q
         seen = seen & (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=seen, other=0) != 0)
         n = tl.sum(seen.to(tl.int32))
-    b_s = tl.load(scores + i * reach + o_k, mask=seen, other=0.0) * scaling
+    b_s = tl.load(p_scores + o_k, mask=seen, other=0.0) * scaling
     had = tl.zeros([BLOCK], tl.int1)
     if PREVIOUS:
         had = tl.load(previous + row + o_k, mask=m_k, other=0) != 0
@@ -71,6 +79,23 @@ def top_k_kernel(
         room = k - (count - tl.sum(tied.to(tl.int32)))
         taken = candidate & ((b_v > cut) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room)))
     tl.store(out + row + o_k, taken | had, mask=m_k)
+    for start in range(BLOCK, K, BLOCK):
+        p_rest, m_rest = row + start + o_k, start + o_k < K
+        b_rest = tl.zeros([BLOCK], tl.int1)
+        if PREVIOUS:
+            b_rest = tl.load(previous + p_rest, mask=m_rest, other=0) != 0
+        tl.store(out + p_rest, b_rest, mask=m_rest)
+
+
+def widths(call: Call, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(first, last, width) of the parts of ``start:stop``: early rows of a causal call reach fewer keys."""
+    _, _, rows, total = call.shape
+    while start < stop:
+        reach = max(16, min(total, LEAST_WIDTH), call.visibility.reach(start + 1))
+        width = triton.next_power_of_2(reach)
+        last = min(stop, width - (total - rows)) if call.visibility.is_causal else stop
+        yield start, last, width
+        start = last
 
 
 def top_k_mask(call: Call, budget: Budget) -> torch.Tensor:
@@ -84,7 +109,6 @@ def top_k_mask(call: Call, budget: Budget) -> torch.Tensor:
     mask = None if mask is None else mask.to(out.device).expand(call.shape)
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     size, share = size_of_budget(budget)
-    block = max(16, triton.next_power_of_2(total))
     for start, stop in call.blocks(BLOCK_ELEMENTS):
         reach = sight.reach(stop)
         block_queries, block_keys = queries[:, :, start:stop], keys[:, :, :reach]
@@ -92,11 +116,14 @@ def top_k_mask(call: Call, budget: Budget) -> torch.Tensor:
             scores, scaling = dot(block_queries, block_keys), context.scaling
         else:
             scores, scaling = scores_of(block_queries, block_keys, context), 1.0
-        top_k_kernel[(batch * heads * (stop - start),)](
-            scores, out if previous is None else previous, out if mask is None else mask, out, heads, rows, total,
-            start, stop - start, reach, *strides, size, bits_of(share), float(scaling), CAUSAL=sight.is_causal,
-            MASKED=mask is not None, PREVIOUS=previous is not None, BLOCK=block,
-            num_warps=min(32, max(1, block // 512)), enable_fp_fusion=True,
-        )  # fmt: skip
+        for first, last, width in widths(call, start, stop):
+            part = scores[:, :, first - start :]
+            top_k_kernel[(batch * heads * (last - first),)](
+                part, out if previous is None else previous, out if mask is None else mask, out, heads, rows, total,
+                first, last - first, stop - start, reach, *strides, size, bits_of(share), float(scaling),
+                CAUSAL=sight.is_causal, MASKED=mask is not None, PREVIOUS=previous is not None, BLOCK=width,
+                num_warps=min(32, max(1, width // 512)), enable_fp_fusion=True,
+            )  # fmt: skip
+            del part
         del scores
     return out
