@@ -18,7 +18,7 @@ from sah_transformers.kernels.prefill.rows import (
 @triton.jit
 def attend_tiles(
     b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start, b_cut, b_need,
-    b_from, b_to, i_first, i_last, K, stride_k, stride_v, scale, softcap,
+    b_from, b_to, tie, i_first, i_last, K, stride_k, stride_v, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     CUT: tl.constexpr, TIES: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -27,6 +27,7 @@ def attend_tiles(
 
     EDGE tiles may hold ends of bands or of what is visible; all keys of the others are candidates of every row.
     TIES: of the candidates ``[from, to)`` equal to its cut a row takes the first ``need``, ``seen`` were met before.
+    Where ``tie`` is 0 a row takes all of them.
     """
     o_n = tl.arange(0, BN)
     o_v = tl.arange(0, BV)
@@ -45,13 +46,15 @@ def attend_tiles(
                 b_met = b_seen + tl.sum(equal.to(tl.int32), 1)
                 keep = (b_s > b_cut[:, None]) | (equal & (b_met <= b_need)[:, None])
                 m_split = (b_seen < b_need) & (b_met > b_need)
-                if tl.max(m_split.to(tl.int32), 0) > 0:
+                if tie != 0:  # no branch on the rows: Triton 3.6 cannot reduce a reduced product on Blackwell
                     b_few, b_enough = b_need * 0 + i_n - 1, b_need * 0 + i_n + BN - 1  # keys up to few: too few
-                    while tl.max(b_enough - b_few, 0) > 1:
+                    step = i_n * 0 + BN  # halved to 1
+                    while step > 1:
                         b_half = (b_few + b_enough) // 2
                         b_rank = b_seen + tl.sum((equal & (o_k[None, :] <= b_half[:, None])).to(tl.int32), 1)
                         b_few = tl.where(b_rank < b_need, b_half, b_few)
                         b_enough = tl.where(b_rank < b_need, b_enough, b_half)
+                        step //= 2
                     keep = keep | (equal & (m_split[:, None] & (o_k[None, :] <= b_enough[:, None])))
                 b_seen = b_met
             else:
@@ -150,7 +153,7 @@ def attend_kernel(
         tie = tl.load(tied + i_bh * tiles + i_q)
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
         b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
-        b_cut, b_need, b_from, b_to, begin, head, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        b_cut, b_need, b_from, b_to, tie, begin, head, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
         True, CUT, CUT, MASKED, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if CUT:
@@ -158,17 +161,17 @@ def attend_kernel(
         plain = tl.where(tie == 0, tail, middle)  # a tile of rows without ties skips the second loop
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
             b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
-            b_cut, b_need, b_from, b_to, middle, plain, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            b_cut, b_need, b_from, b_to, tie, middle, plain, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
             False, True, False, MASKED, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
         b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
             b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
-            b_cut, b_need, b_from, b_to, plain, tail, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+            b_cut, b_need, b_from, b_to, tie, plain, tail, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
             False, True, True, MASKED, SOFTCAP, COUNT, PRECISION,
         )  # fmt: skip
     b_acc, b_m, b_l, b_kept, b_seen = attend_tiles(
         b_acc, b_m, b_l, b_kept, b_seen, b_q, p_k, p_v, p_mask, b_holes, b_begin, b_end, b_stop, b_start,
-        b_cut, b_need, b_from, b_to, tail, end, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
+        b_cut, b_need, b_from, b_to, tie, tail, end, K, stride_kk, stride_vk, scale, softcap, D, DV, BD, BV, BN,
         True, CUT, CUT, MASKED, SOFTCAP, COUNT, PRECISION,
     )  # fmt: skip
     if SINKS:
