@@ -174,9 +174,10 @@ class Rows:
             return (one[:, index] if one.shape[1] > 1 or self.queries.shape[2] == 1 else one)[None]
 
         def side_of(tensor: torch.Tensor) -> torch.Tensor:
-            per_group = tensor.shape[1] == self.keys.shape[1]
-            part = slice(group, group + 1) if per_group else heads
-            return tensor[batch : batch + 1, part]
+            one = tensor[batch : batch + 1]
+            if tensor.dim() == 1:
+                return one
+            return one[:, group : group + 1] if tensor.shape[1] == self.keys.shape[1] else one[:, heads]
 
         bias = rows_of(self.bias)
         positions = self.context.positions
