@@ -197,6 +197,7 @@ def make_call(
         layer_idx=layer_idx,
         scaling=dim**-0.5 if scaling is None else float(scaling),
         softcap=softcap,
+        heads=heads,
         head_offset=head_offset,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]

@@ -18,6 +18,7 @@ class Context:
         layer_idx: index of the attention layer.
         scaling: factor on q·k.
         softcap: the model's cap on the scaled scores, or None.
+        heads: query heads, H.
         head_offset: global number of the first local query head (tensor parallel).
         positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
         side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
@@ -26,6 +27,7 @@ class Context:
     layer_idx: int = 0
     scaling: float = 1.0
     softcap: float | None = None
+    heads: int = 1
     head_offset: int = 0
     positions: torch.Tensor | None = None
     side: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -185,6 +187,7 @@ class Rows:
             self.context,
             positions=None if positions is None else positions[batch : batch + 1],
             side={name: side_of(tensor) for name, tensor in self.context.side.items()},
+            heads=self.group_size,
             head_offset=self.context.head_offset + heads.start,
         )
         return Rows(

@@ -118,6 +118,13 @@ class Masker(ABC):
         """
         return None
 
+    def check_layer(self, layer_idx: int, heads: int | None) -> None:  # noqa: B027 (few maskers read files)
+        """Raise ``ValueError`` when a file that this masker reads does not fit a layer; asked when a model is loaded.
+
+        Args:
+            layer_idx: index of the layer; heads: query heads of the whole model, or None where it does not say.
+        """
+
     @property
     def needs_state(self) -> bool:
         """Whether this masker keeps side data per key."""
