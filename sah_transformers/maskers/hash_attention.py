@@ -92,9 +92,8 @@ class HashAttentionTopKMasker(TopKMasker):
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         mlp = self.mlp("k", ctx, ctx.heads, keys.shape[-1], keys.device)
         self.mlp("q", ctx, ctx.heads, keys.shape[-1], keys.device)  # a fault there shows before anything is kept
-        groups, sets = keys.shape[1], len(mlp[0][1])
-        if sets not in (groups, ctx.heads):
-            file = read_hash_file(self.config.hat_weight_file)
+        groups, file = keys.shape[1], read_hash_file(self.config.hat_weight_file)
+        if ctx.heads * file.kv_heads != groups * file.query_heads:
             raise ValueError(
                 f"{FIELD}: {file.path} is for {file.query_heads} query heads and {file.kv_heads} KV heads, the model "
                 f"has {ctx.heads} and {groups}; was it made for another?"

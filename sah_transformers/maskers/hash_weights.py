@@ -67,8 +67,8 @@ def write_hash_weights(
     for layer, sides in layers.items():
         for side in ("q", "k"):
             for number, (weight, bias) in enumerate(sides[side]):
-                tensors[f"layers.{layer}.{side}.{number}.weight"] = weight.detach().cpu().contiguous()
-                tensors[f"layers.{layer}.{side}.{number}.bias"] = bias.detach().cpu().contiguous()
+                tensors[f"layers.{layer}.{side}.{number}.weight"] = weight.detach().cpu().contiguous().clone()
+                tensors[f"layers.{layer}.{side}.{number}.bias"] = bias.detach().cpu().contiguous().clone()
     first = next(iter(layers.values()))["k"]
     sizes = {"query_heads": query_heads, "kv_heads": kv_heads}
     sizes |= {"head_dim": first[0][0].shape[-1], "bits": first[-1][0].shape[-2]}
