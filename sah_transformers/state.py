@@ -234,6 +234,8 @@ class LayerState:
         known = self._prepared.get(masker.config)
         if known is not None and bool(known.ready.all()):
             return known
+        if known is not None:
+            context = replace(context, side={"ready": known.ready})
         result = masker.prepare(keys, values, context)
         if result is None:
             return None

@@ -111,7 +111,8 @@ class Masker(ABC):
         ``append`` and ``score`` as ``ctx.side``, with ``ctx.side["ready"]``.
 
         Args:
-            keys, values: all of them, ``[B, G, K, D]`` and ``[B, G, K, Dv]``; ``ctx.positions``: ``[B, K]``.
+            keys, values: all of them, ``[B, G, K, D]`` and ``[B, G, K, Dv]``; ``ctx.positions``: ``[B, K]``;
+                ``ctx.side["ready"]``: bool ``[B]``, if it was asked before: what it returns for those is not used.
 
         Returns:
             ({name: tensor ``[B, ...]``}, which sequences are ready: bool ``[B]``), or None (the default).
