@@ -56,10 +56,11 @@ class DoubleSparsityTopKMasker(TopKMasker):
     """Selects the keys whose labels have the largest dot product with the same channels of the query.
 
     Every layer and query head has its own channels. A label is quantised per token and query head, in float32: ``low``
-    its smallest value and ``step`` = (largest - low) / (2**label_bits - 1), both rounded to float16 (saturating), then
-    ``code`` = round((value - low) / step), to even and within 0 to 2**label_bits - 1; it stands for low + step code.
-    Kept are ``low``, ``step`` and the codes, ``8 // label_bits`` to a byte, the first channel in the lowest bits:
-    12 bytes for 16 channels of 4 bits. The score is the dot product; under ``gqa="group"`` times ``D**-0.5``.
+    is its smallest value rounded to float16 (saturating), ``step`` (largest - low) / (2**label_bits - 1), at least 0,
+    rounded likewise, and ``code`` round((value - low) / step), to even and within 0 to 2**label_bits - 1; 0 where the
+    step is 0. A code stands for low + step code. Kept are ``low``, ``step`` and the codes, ``8 // label_bits`` to a
+    byte, the first channel in the lowest bits: 12 bytes for 16 channels of 4 bits. The score is the dot product with
+    the query's channels; under ``gqa="group"`` times ``D**-0.5``.
 
     The authors quantise the query too, keep the grid unrounded and simulate both; 16 bits are unquantised there as
     here. Queries are not stored: quantising them would save nothing.
