@@ -11,7 +11,18 @@ from functools import cache
 
 import loops
 import numpy as np
-from loops import Estimate, Inputs, Rows, activate, budget, group_candidates, group_visible, positions, softmax
+from loops import (
+    Estimate,
+    Inputs,
+    Rows,
+    activate,
+    budget,
+    group_candidates,
+    group_visible,
+    positions,
+    softmax,
+    to_float32,
+)
 
 FLOAT32 = 2.0**-20  # a float32 dot product of up to 128 terms errs by less, of its absolute terms
 NEAR = 2.0**-16  # a number this close to a decision, of its own scale, may fall on either side
@@ -159,17 +170,29 @@ def channel_file(path: str) -> dict:
         return json.load(file)
 
 
+def float16(x: float) -> float:
+    return float(np.float16(min(max(x, -65504.0), 65504.0)))
+
+
 def label(x: np.ndarray, bits: int):
-    """(each number after min-max quantisation to `bits`, how far another rounding could put it)."""
-    low, high = min(x), max(x)
-    levels = 2**bits - 1
-    step = (high - low) / levels
+    """(each number after min-max quantisation to `bits`, how far another rounding could put it).
+
+    The grid is what is stored of it: its lowest value and its step in half precision, not beyond its largest number.
+    """
+    if bits == 16:
+        return x, np.zeros(len(x))
+    levels, smallest = 2**bits - 1, to_float32(min(x))
+    low = float16(float(smallest))
+    exact = max(0.0, float(to_float32(max(x))) - low) / levels
+    step, slack = float16(exact), 2.0**-21 * abs(exact) + 2.0**-149
+    doubt = levels * (float16(exact + slack) - float16(exact - slack))
     if step == 0:
-        return np.full(len(x), low), np.zeros(len(x))
+        return np.full(len(x), low), np.full(len(x), doubt)
     places = (x - low) / step
-    codes = np.floor(places + 0.5)
-    doubt = np.where(np.abs(np.abs(places - np.floor(places)) - 0.5) < NEAR * (1 + levels / 64), step, 0.0)
-    return low + codes * step, doubt
+    codes = np.clip(np.rint(places), 0, levels)
+    beside = np.abs(places - np.floor(places) - 0.5)
+    near = (beside < NEAR * (1 + np.abs(places))) & ((beside > 0) | (step != exact) | (to_float32(x - low) != x - low))
+    return low + codes * step, doubt + np.where(near & (places > 0) & (places < levels), step, 0.0)
 
 
 def double_sparsity(config, rows: Rows) -> None:

@@ -29,13 +29,13 @@ def examples(count):
 rows = {"seen": 0, "unsure": 0}
 
 
-def check_mask(mask, truth, case):
+def check_mask(mask, truth, case, counts=rows):
     """Equal weights in every row whose selection float64 rounding cannot change."""
     dense = mask.get_dense_mask()
     assert tuple(dense.shape) == truth.weights.shape
     sure = truth.sure
-    rows["seen"] += sure.size
-    rows["unsure"] += int((~sure).sum())
+    counts["seen"] += sure.size
+    counts["unsure"] += int((~sure).sum())
     ours = loops.array(dense)
     wrong = sorted({tuple(map(int, at[:3])) for at in np.argwhere(ours != truth.weights) if sure[tuple(at[:3])]})
     if wrong:

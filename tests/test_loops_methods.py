@@ -68,9 +68,14 @@ def test_labels():
     decoded, doubt = loops_methods.label(np.array([-1.0, 0.0, 2.0, 1.9]), 2)
     np.testing.assert_allclose(decoded, [-1, 0, 2, 2], atol=1e-12)
     assert not doubt.any()
-    decoded, doubt = loops_methods.label(np.array([0.0, 1.5, 3.0]), 2)  # 1.5 is half way between 1 and 2
-    assert doubt.tolist() == [0, 1, 0]
-    assert loops_methods.label(np.array([0.3, 0.3]), 4)[0].tolist() == [0.3, 0.3]
+    decoded, doubt = loops_methods.label(np.array([0.0, 1.5, 2.5, 3.0]), 2)  # half way: to even
+    assert decoded.tolist() == [0, 2, 2, 3]
+    assert not doubt.any()
+    assert loops_methods.label(np.array([0.0, 1.500001, 3.0]), 2)[1].tolist() == [0, 1, 0]
+    half = float(np.float16(0.3))  # the grid is kept in half precision
+    assert loops_methods.label(np.array([0.3, 0.3]), 4)[0].tolist() == [half, half]
+    assert loops_methods.label(np.array([0.3, -7e4]), 16)[0].tolist() == [0.3, -7e4]
+    assert loops_methods.label(np.array([-1e5, 2.0]), 1)[0].tolist() == [-65504, 0]
 
 
 def test_double_sparsity_reads_its_layers_channels(tmp_path):
