@@ -311,6 +311,16 @@ def test_a_hash_depends_on_its_key_alone(monkeypatch):
     assert all(w.grad.abs().sum() > 0 for w, _ in trained)
 
 
+def test_signs_are_those_of_float64():
+    """Numbers that a rounding of float32 moves across zero."""
+    k, mlp = tensors()[1], mlps()
+    for key in range(5):
+        weight, bias = mlp[-1]
+        near = by_hand(k, [*mlp[:-1], (weight, torch.zeros_like(bias))])[0, :, key]
+        moved = [*mlp[:-1], (weight, -near.float())]
+        assert torch.equal(hashes(k, moved), pack_signs(by_hand(k, moved)))
+
+
 # Files
 
 

@@ -160,7 +160,7 @@ def mlp_on(path: str, layer: int, side: str, device: torch.device) -> Mlp:
     return _on(layer, side, device, *version_of(FIELD, path))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _on(layer: int, side: str, device: torch.device, path: str, changed: int, size: int) -> Mlp:
     where = f"{FIELD}: {path}"
     of_layer(where, _read(path, changed, size).layers, layer)
