@@ -374,7 +374,8 @@ def test_presets_load_and_run(name):
     assert parse(given.to_dict()) == given
     options = {"num_hidden_layers": 4, "max_position_embeddings": 2048, "dtype": torch.float32}
     model = sparse(name, **options)
-    ids = prompt(700)
+    sizes = [size for masker in given.maskers for size in dataclasses.asdict(masker).values()]
+    ids = prompt(max(700, sum(size for size in sizes if type(size) is int and size > 99) * 3 // 2))
     with selections() as log:
         answer = generate(model, ids, new=2)
     dense = given.dense_layers

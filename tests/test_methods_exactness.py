@@ -8,12 +8,13 @@ import method_files
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, DATA, MASKS, PUBLISHED, cases, tensors
+from cases import CONFIGS, DATA, MASKS, PUBLISHED, Case, cases, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from test_exactness import as_mask, check_mask, check_output, examples, sampled_weights
 
 from sah_transformers import MaskerRegistry, State, sparse_attention
+from sah_transformers.maskers.hash_weights import write_hash_weights
 
 SMALL = {"heads": [(1, 1), (4, 2), (3, 1), (2, 2), (8, 1)], "rows": (1, 2, 5), "longest": 40}
 # Nothing but near-ties, of which labels and centroids leave more undecided than float64 scores.
@@ -89,6 +90,16 @@ def test_earlier_weights_stay(kind, data, share):
     mask, is_causal = case.options["attention_mask"], case.options["is_causal"]
     visible, _ = loops.visibility(case.shape, mask, is_causal, case.options.get("indices"))
     check(case, counted[kind], sampled_weights(torch.Generator().manual_seed(0), visible, share))
+
+
+@methods
+def test_groups(kind):
+    """Heads of one group that disagree, over all rows of a prefill: estimates are summed, each of its own size."""
+    q, k, v = inputs(H=8, G=2, Q=14, K=34, seed=2)
+    for factor, size in ((0.2, 4), (1.0, 7), (3.0, 0.3)):
+        options = {"attention_mask": None, "layer_idx": 1}
+        masker = method_files.fit({**DEFAULTS[kind], "heavy_size": size, "gqa": "group"}, 8, 2, 16)
+        check(Case(factor * q, k, v, [masker], options, "groups"), counted[kind])
 
 
 # What the papers promise and no weights are needed for
@@ -180,6 +191,16 @@ def test_hamming_scores_are_products_of_signs(bits, shared):
             np.array([loops_methods.signs(x, m)[0] for x in xs]) for xs, m in zip(rows_of(q, k, h), mlps, strict=True)
         ]
         np.testing.assert_array_equal(scores[0, h], signs[0] @ signs[1].T)
+
+
+@pytest.mark.parametrize(("bias", "agree"), [(1.0, 32), (0.0, 32), (-0.0, 32), (-1e-30, -32)])
+def test_a_zero_is_a_positive_sign(tmp_path, bias, agree):
+    nothing = [(torch.zeros(4, n, m), torch.zeros(4, n)) for m, n in ((16, 6), (6, 6), (6, 32))]
+    biased = [*nothing[:2], (nothing[2][0], torch.full((4, 32), bias))]
+    write_hash_weights(tmp_path / "zero", {0: {"q": biased, "k": nothing}}, query_heads=4, kv_heads=2)
+    config = {"type": "hash_attention", "heavy_size": 4, "hat_weight_file": str(tmp_path / "zero")}
+    _, scores, _ = seen_by(config, *inputs())
+    assert (scores == agree).all()
 
 
 def rows_of(q, k, h):
