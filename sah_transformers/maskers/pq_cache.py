@@ -17,7 +17,7 @@ GRID = 2**20
 sum of the k-means is exact in float64, whatever the order, the padding, the chunk or the device."""
 
 REACH = 8 * GRID
-"""Later keys may be this large before they are clamped."""
+"""Larger sub-vectors, of later keys, are rounded to multiples of a power of two that keeps their sums exact too."""
 
 ELEMENTS = 2**21
 """Distances held at once."""
@@ -167,16 +167,21 @@ def split(keys: torch.Tensor, parts: int) -> torch.Tensor:
     return finite.unflatten(-1, (parts, -1)).transpose(-3, -2)
 
 
+def power_above(numbers: torch.Tensor) -> torch.Tensor:
+    """The power of two above each of ``numbers`` >= 0, exactly; 1 for 0."""
+    return torch.where(numbers > 0, numbers / torch.frexp(numbers)[0], 1.0)
+
+
 def step_of(points: torch.Tensor) -> torch.Tensor:
     """The power of two ``[..., M]`` that brings the numbers of ``points [..., M, n, S]`` below ``GRID``."""
-    largest = points.abs().amax((-1, -2))
-    power = torch.where(largest > 0, largest / torch.frexp(largest)[0], 1.0)
-    return power.clamp(2.0**-100, 2.0**100) / GRID
+    return power_above(points.abs().amax((-1, -2))).clamp(2.0**-100, 2.0**100) / GRID
 
 
 def snap(points: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """``points [..., M, n, S]`` in whole numbers of ``step [..., M]``."""
-    return (points / step[..., None, None]).round().clamp(-REACH, REACH)
+    points = (points / step[..., None, None]).clamp(-(2.0**400), 2.0**400)
+    coarse = (power_above(points.abs().amax(-1, keepdim=True)) / REACH).clamp(min=1)
+    return (points / coarse).round() * coarse
 
 
 def augment(points: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -212,5 +217,5 @@ def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
 
 def blocks(n: int, each: int) -> list[tuple[int, int]]:
     """Ranges of ``n`` keys with ``each`` distances that hold about ``ELEMENTS`` of them."""
-    step = max(1, ELEMENTS // each)
+    step = max(1, ELEMENTS // max(1, each))
     return [(start, min(start + step, n)) for start in range(0, n, step)]
