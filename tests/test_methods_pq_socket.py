@@ -208,7 +208,7 @@ def test_blocks_of_any_size_give_the_same_bits(config, monkeypatch):
     whole = side_data(q, k, v, config)
     for elements in (1, 40, 300):
         for module in (pq_cache, socket):
-            monkeypatch.setattr(module, "ELEMENTS", elements)
+            monkeypatch.setitem(module.ELEMENTS, "cpu", elements)
         assert same(side_data(q, k, v, config), whole)
 
 
@@ -409,6 +409,19 @@ def test_a_nan_in_a_key_reaches_the_rows_that_see_it_alone(config):
         clean = side_data(q, k, v, config)
         assert torch.equal(side["buckets"][:, 0, :39], clean["buckets"][:, 0, :39])
         assert run(q, broken, v, config)[:, :, :38].equal(run(q, k, v, config)[:, :, :38])
+
+
+@METHODS
+def test_inference_mode_and_gradients_take_turns(config):
+    q, k, v = draw()
+    socket.hyperplanes.cache_clear()
+    with torch.inference_mode():
+        first = run(q, k, v, config)
+    q.requires_grad_()
+    out, mask = sparse_attention(q, k, v, [config])
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+    assert first.equal(mask.get_dense_mask())
 
 
 # SOCKET

@@ -19,8 +19,8 @@ sum of the k-means is exact in float64, whatever the order, the padding, the chu
 REACH = 8 * GRID
 """Larger sub-vectors, of later keys, are rounded to multiples of a power of two that keeps their sums exact too."""
 
-ELEMENTS = 2**21
-"""Distances held at once."""
+ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Distances held at once, per device type."""
 
 KEYS_PER_CENTROID = 4
 
@@ -136,7 +136,7 @@ class PQCache(TopKMasker):
         parts, step = self.parts(dim), ctx.side["step"].double()
         centroids = ctx.side["centroids"].double() / step[..., None, None]
         codes = torch.zeros(batch, groups, new, parts, dtype=torch.uint8, device=keys.device)
-        for start, stop in blocks(new, centroids.shape[:-1].numel()):
+        for start, stop in blocks(new, centroids):
             points = snap(split(keys[:, :, start:stop], parts), step)
             if "radius" in ctx.side:
                 points = augment(points, ctx.side["radius"])
@@ -206,7 +206,7 @@ def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
     centroids = points[..., every * n // count, :]
     for _ in range(iterations):
         sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
-        for start, stop in blocks(n, centroids.shape[:-1].numel()):
+        for start, stop in blocks(n, centroids):
             part = points[..., start:stop, :]
             member = (nearest(part, centroids)[..., None, :] == every[:, None]).double()  # [..., C, n]
             sums += member @ part
@@ -215,7 +215,8 @@ def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
     return centroids
 
 
-def blocks(n: int, each: int) -> list[tuple[int, int]]:
-    """Ranges of ``n`` keys with ``each`` distances that hold about ``ELEMENTS`` of them."""
-    step = max(1, ELEMENTS // max(1, each))
+def blocks(n: int, centroids: torch.Tensor) -> list[tuple[int, int]]:
+    """Ranges of ``n`` keys whose distances to ``centroids [..., C, S]`` are about ``ELEMENTS``."""
+    limit = ELEMENTS["cuda" if centroids.device.type == "cuda" else "cpu"]
+    step = max(1, limit // max(1, centroids.shape[:-1].numel()))
     return [(start, min(start + step, n)) for start in range(0, n, step)]

@@ -16,8 +16,8 @@ from sah_transformers.rows import Context
 
 WORD = 32
 
-ELEMENTS = 2**21
-"""Projections held at once."""
+ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Projections held at once, per device type."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class SocketMasker(TopKMasker):
         """Buckets and value norms of new keys."""
         planes = hyperplanes(ctx.layer_idx, self.config.L, self.config.K, keys.shape[-1], keys.device)
         planes = planes.flatten(0, 1).transpose(0, 1)  # [D, L * K]
-        step = max(1, ELEMENTS // (keys.shape[:2].numel() * planes.shape[1]))
+        limit = ELEMENTS["cuda" if keys.device.type == "cuda" else "cpu"]
+        step = max(1, limit // max(1, keys.shape[:2].numel() * planes.shape[1]))
         words = [pack(snap(part) @ planes >= 0) for part in keys.split(step, dim=2)]
         norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).float()
         return {"buckets": torch.cat(words, dim=2), "norm": norm}
