@@ -43,6 +43,7 @@ class SideBuffer:
             grown = self.storage.new_empty((*self.storage.shape[:2], room, *self.storage.shape[3:]))
             grown[:, :, : self.length] = self.view()
             self.storage = grown
+        self.storage = writable(self.storage)
         self.storage[:, :, self.length : total] = new
         self.length = total
 
@@ -82,16 +83,17 @@ class PageBuffer:
             grown = self.storage.new_full((*self.storage.shape[:2], room, *self.storage.shape[3:]), self.identity)
             grown[:, :, : self.storage.shape[2]] = self.storage
             self.storage = grown
+        self.storage = writable(self.storage)
         page = torch.where(positions < 0, 0, positions // self.size)[:, None]
-        page = page.view(page.shape[0], 1, -1, *[1] * (new.dim() - 3)).expand(new.shape)
-        hidden = (positions < 0)[:, None].view(positions.shape[0], 1, -1, *[1] * (new.dim() - 3))
+        page = page.view(*page.shape, *[1] * (new.dim() - 3)).expand(new.shape)
+        hidden = (positions < 0)[:, None].view(positions.shape[0], 1, positions.shape[1], *[1] * (new.dim() - 3))
         self.storage.scatter_reduce_(2, page, new.masked_fill(hidden, self.identity), self.fold)
 
     def crop(self, length: int, real: torch.Tensor) -> None:
         """Forget every page that is not full of the ``real [B, length]`` keys that stay."""
         full = real.sum(-1) // self.size
         stale = torch.arange(self.storage.shape[2], device=real.device) >= full[:, None]
-        stale = stale.view(stale.shape[0], 1, -1, *[1] * (self.storage.dim() - 3))
+        stale = stale.view(stale.shape[0], 1, stale.shape[1], *[1] * (self.storage.dim() - 3))
         self.storage = self.storage.masked_fill(stale, self.identity)
         self.pages = min(self.pages, -(-length // self.size))
 
@@ -326,6 +328,11 @@ def first_of_open_page(real: torch.Tensor, size: int) -> int:
     """The lowest key, over all sequences ``real [B, K]``, of a page of ``size`` real tokens that is not full."""
     start = real.sum(-1, keepdim=True) // size * size
     return int((real.cumsum(-1) <= start).sum(-1).min()) if real.numel() else 0
+
+
+def writable(storage: torch.Tensor) -> torch.Tensor:
+    """``storage``, or a copy of one made in inference mode, which nothing may write to afterwards."""
+    return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
 
 
 def positions_of(real: torch.Tensor) -> torch.Tensor:

@@ -130,14 +130,14 @@ def mlp_outputs(x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
         x = torch.baddbmm(bias[:, None].to(x.dtype), x, weight.to(x.dtype).transpose(1, 2))
         if number < len(mlp) - 1:
             x = torch.nn.functional.silu(x)
-    return x.view(sets, batch, share, n, -1).transpose(0, 1).flatten(1, 2)
+    return x.view(sets, batch, share, n, x.shape[-1]).transpose(0, 1).flatten(1, 2)
 
 
 def hashes(x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
     """The packed signs of ``mlp_outputs``, int32 ``[B, max(heads, S), n, ceil(bits / 32)]``."""
     width = max(weight.shape[1] for weight, _ in mlp)
     limit = AT_ONCE["cuda" if x.device.type == "cuda" else "cpu"]
-    step = max(1, limit // (x.shape[0] * max(x.shape[1], len(mlp[0][1])) * width))
+    step = max(1, limit // max(1, x.shape[0] * max(x.shape[1], len(mlp[0][1])) * width))
     return torch.cat([pack_signs(mlp_outputs(part.double(), mlp)) for part in x.split(step, dim=2)], dim=2)
 
 
