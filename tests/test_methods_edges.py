@@ -249,6 +249,44 @@ def key_size(name):
     return seen[0]
 
 
+PUBLISHED_SIZES = {
+    "quest": {"page_size": 16},
+    "double_sparsity": {"group_factor": 8, "label_bits": 4},
+    "pq_cache": {"pq_sub_dim": 64, "pq_bits": 6},
+    "hash_attention": {"hat_bits": 32},
+    "socket": {"L": 60, "K": 12},
+}
+BYTES = {"quest": 32 * 2, "double_sparsity": 12 * 8, "pq_cache": 2 * 2, "hash_attention": 4 * 8, "socket": 96 * 2}
+
+
+@methods
+def test_side_data_are_as_small_as_published(kind):
+    """Bytes per key: 32 per KV head for Quest, 12 per query head for Double Sparsity, ..."""
+    q, k, v = tensors(B=1, H=8, G=2, Q=1, K=512, D=128, dtype=torch.bfloat16)
+    state = State()
+    sparse_attention(q, k, v, stack(kind, "head", 8, 2, 128, **PUBLISHED_SIZES[kind]), state=state)
+    assert state.layer(0).bytes_per_key() <= BYTES[kind]
+    assert state.layer(0).bytes_per_key() > 0
+
+
+@both_gqa
+@methods
+def test_scores_read_the_side_data_alone(kind, gqa, monkeypatch):
+    """No pass over keys and values once they are stored: a decode step may find anything in their place."""
+    config = stack(kind, gqa, heavy_size=8)
+    q, k, v = tensors(Q=1)
+    masker, right = type(MaskerRegistry.create_masker(config[0])), sparse_attention(q, k, v, config)[1]
+    original, calls = masker.score, []
+
+    def score(self, queries, keys, values, ctx):
+        calls.append(1)
+        return original(self, queries, torch.full_like(keys, math.nan), torch.full_like(values, math.nan), ctx)
+
+    monkeypatch.setattr(masker, "score", score)
+    assert torch.equal(sparse_attention(q, k, v, config)[1].get_dense_mask(), right.get_dense_mask())
+    assert calls
+
+
 @methods
 def test_two_budgets_that_compare_equal(kind):
     """1 == 1.0 in Python: maskers whose configs differ only so are two maskers, of one key and of all."""

@@ -391,6 +391,59 @@ def test_rolling_through_many_lengths(method):
             sparse_attention(q[:, :, -1:], k, v, stack(method), **options)
 
 
+def walk(method, seed, steps, dtype=torch.float64):
+    """Whatever happens to the keys, in any order, on sequences of different padding; keys that went unseen too."""
+    drawn = torch.Generator().manual_seed(seed)
+
+    def dice(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=drawn))
+
+    batch, state = dice(1, 3), State()
+    padding = [dice(0, 9) for _ in range(batch)]
+    keys = tensors(dice(1, 20), batch, seed=seed, dtype=dtype)
+    for step in range(steps):
+        batch, size = keys[1].shape[0], keys[1].shape[2]
+        what = ["crop", "reorder", "repeat", "nothing", "nothing", "nothing"][dice(0, 5)]
+        if what == "crop" and size > 1:
+            size = dice(1, size - 1)
+            keys = [t[:, :, :size] for t in keys]
+            if dice(0, 3):  # else the caller forgot: a shorter length tells
+                state.crop(size)
+        elif what == "reorder" or (what == "repeat" and batch > 3):
+            index = torch.tensor([dice(0, batch - 1) for _ in range(dice(1, 3))])
+            keys, padding = [t[index] for t in keys], [padding[i] for i in index]
+            state.reorder(index)
+        elif what == "repeat":
+            keys, padding = [t.repeat_interleave(2, 0) for t in keys], [p for p in padding for _ in range(2)]
+            state.repeat(2)
+        batch, new, rows = keys[1].shape[0], dice(1, 7), dice(1, 3)
+        more = tensors(new, batch, seed=1000 * seed + step, dtype=dtype)
+        keys = [torch.cat([old, fresh], 2) for old, fresh in zip(keys, more, strict=True)]
+        rows = min(max(rows, new) if what == "crop" else rows, keys[1].shape[2])
+        mask = torch.arange(keys[1].shape[2])[None] >= torch.tensor(padding)[:, None]
+        with watched(padding=padding) as watch:
+            watch.made = NoMemory()
+            options = {"attention_mask": mask, "state": state}
+            _, found = sparse_attention(keys[0][:, :, -rows:], *keys[1:], stack(method), **options)
+        if not fits(method):
+            _, right = sparse_attention(keys[0][:, :, -rows:], *keys[1:], stack(method), attention_mask=mask)
+            assert torch.equal(found.get_dense_mask(), right.get_dense_mask())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@every_method
+def test_random_walks(method, seed):
+    walk(method, seed, steps=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(100, 130))
+@every_method
+def test_many_random_walks(method, seed, dtype):
+    walk(method, seed, steps=40, dtype=dtype)
+
+
 # No hidden state
 
 
