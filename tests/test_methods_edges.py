@@ -5,7 +5,8 @@ import math
 import method_files
 import pytest
 import torch
-from cases import PUBLISHED
+from cases import DATA, PUBLISHED
+from cases import tensors as case_tensors
 from sparse_models import build, generate, logits, prompt, sparse
 from test_methods_exactness import DEFAULTS
 from transformers import DynamicCache
@@ -306,3 +307,26 @@ def test_masker_objects_may_serve_several_models():
     assert torch.equal(generate(first, prompt(13)), truth[0])
     assert torch.equal(generate(second, prompt(13)), truth[1])
     assert torch.equal(generate(first, prompt(13)), truth[0])
+
+
+@both_gqa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("kind", [kind for kind in PUBLISHED if kind != "pq_cache"])
+def test_rounding_never_depends_on_the_call(kind, data, dtype, gqa):
+    """Row by row, alone and behind padding: the very selection of one prefill, near-ties and all."""
+    size, padding = 26, 7
+    qkv = case_tensors(torch.Generator().manual_seed(3), 2, 4, 2, size, size, 16, 8, dtype, data)
+    maskers = [{"type": "sink", "sink_size": 1}, *stack(kind, gqa, heavy_size=4)]
+    whole = sparse_attention(*qkv, maskers)[1].get_dense_mask()
+    state = State()
+    for i in range(size):
+        q, k, v = (t[:, :, : i + 1] for t in qkv)
+        row = sparse_attention(q[:, :, i:], k, v, maskers, state=state)[1].get_dense_mask()
+        assert torch.equal(row[:, :, 0], whole[:, :, i, : i + 1]), i
+    alone = sparse_attention(*(t[1:] for t in qkv), maskers)[1].get_dense_mask()
+    assert torch.equal(alone, whole[1:])
+    padded = [torch.cat([torch.full_like(t[:, :, :padding], 9.0), t], 2) for t in qkv]
+    mask = torch.arange(size + padding)[None].expand(2, -1) >= padding
+    selected = sparse_attention(*padded, maskers, attention_mask=mask)[1].get_dense_mask()
+    assert torch.equal(selected[:, :, padding:, padding:], whole)
