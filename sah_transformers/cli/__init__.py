@@ -5,6 +5,7 @@ import typer
 from sah_transformers.cli.bench import bench
 from sah_transformers.cli.check import check
 from sah_transformers.cli.demo import demo
+from sah_transformers.cli.eval import app as evaluation
 from sah_transformers.cli.generate import generate
 from sah_transformers.cli.presets import presets
 from sah_transformers.cli.screen import errors_in_one_line
@@ -20,5 +21,6 @@ app = typer.Typer(
 )
 for command in (generate, demo, presets, check, show, bench):
     app.command()(errors_in_one_line(command))
+app.add_typer(evaluation, name="eval")
 
 __all__ = ["app"]
