@@ -19,6 +19,16 @@ FOLDER = Path(tempfile.mkdtemp(prefix="sah-methods-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
+# Each method small, to be fitted to a model by `fit`.
+DEFAULTS = {
+    "quest": {"type": "quest", "heavy_size": 12, "page_size": 4},
+    "double_sparsity": {"type": "double_sparsity", "heavy_size": 6, "group_factor": 2, "label_bits": 4},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 8, "pq_bits": 2},
+    "hash_attention": {"type": "hash_attention", "heavy_size": 6},
+    "socket": {"type": "socket", "heavy_size": 6, "K": 3, "L": 8},
+}
+
+
 def draw(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from cases import DATA, PUBLISHED
 from cases import tensors as case_tensors
+from method_files import DEFAULTS
 from sparse_models import build, generate, logits, prompt, sparse
-from test_methods_exactness import DEFAULTS
 from transformers import DynamicCache
 
 import sah_transformers

@@ -11,6 +11,7 @@ import torch
 from cases import CONFIGS, DATA, MASKS, PUBLISHED, Case, cases, tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from method_files import DEFAULTS
 from test_exactness import as_mask, check_mask, check_output, examples, sampled_weights
 
 from sah_transformers import MaskerRegistry, State, sparse_attention
@@ -269,15 +270,6 @@ def test_scaling_of_the_scores_changes_no_heads_selection(kind):
     masks = [sparse_attention(q, k, v, [config], scaling=s)[1].get_dense_mask() for s in (0.25, 0.01, 3.0)]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
-
-
-DEFAULTS = {
-    "quest": {"type": "quest", "heavy_size": 12, "page_size": 4},
-    "double_sparsity": {"type": "double_sparsity", "heavy_size": 6, "group_factor": 2, "label_bits": 4},
-    "pq_cache": {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 8, "pq_bits": 2},
-    "hash_attention": {"type": "hash_attention", "heavy_size": 6},
-    "socket": {"type": "socket", "heavy_size": 6, "K": 3, "L": 8},
-}
 
 
 def test_hardly_any_row_was_on_a_razors_edge():

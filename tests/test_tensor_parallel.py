@@ -10,8 +10,8 @@ import method_files
 import pytest
 import torch
 from cases import PUBLISHED
+from method_files import DEFAULTS
 from sparse_models import build, generate, prompt
-from test_methods_exactness import DEFAULTS
 
 import sah_transformers
 
