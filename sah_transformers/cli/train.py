@@ -93,7 +93,11 @@ def table(measured: dict[int, tuple[Recall, Recall]], top: int) -> Any:
         "the hashes rank first.\nPlanes: the signs of random projections. Untrained: the MLPs before the first step."
     )
     among = (f"{top}", f"{NEAR:.0%}")
-    columns = ["loss", "trained", *(f"{what}, {k}" for k in among for what in ("planes", "untrained", "trained"))]
+    columns = [
+        "loss, untrained",
+        "loss, trained",
+        *(f"{what}, {k}" for k in among for what in ("planes", "untrained", "trained")),
+    ]
     for column in ("layers", *columns):
         out.add_column(column, justify="left" if column == "layers" else "right")
     layers = sorted(measured)

@@ -30,6 +30,8 @@ HELD_BYTES = 2**30
 SAVE_S = 30.0
 """Seconds between two checkpoints within a layer; one more is made after each layer."""
 
+TRAINING = "training, steps of all layers"
+
 Tell = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, of how much."""
 
@@ -83,9 +85,9 @@ def train_hash_attention(
                 sizes = settings.shared, settings.hidden, settings.bits, 1_000_003 * settings.seed + layer
                 weights = first_weights(queries[:, :, seen], keys[:, :, seen], *sizes)
                 progress = done[layer] = Progress(weights)
-            name = f"layer {layer} ({layers.index(layer) + 1} of {len(layers)})"
-            save, steps = partial(checkpoint.save, layer, progress), settings.steps
-            train_layer(queries, keys, progress, settings, layer, save, partial(_of, tell, name, steps))
+            before, total = layers.index(layer) * settings.steps, len(layers) * settings.steps
+            save, now = partial(checkpoint.save, layer, progress), partial(_now, tell, before, total)
+            train_layer(queries, keys, progress, settings, layer, save, now)
     trained = {layer: {side: as_mlp(held) for side, held in done[layer].weights.items()} for layer in layers}
     measured = {layer: (done[layer].before, done[layer].after) for layer in layers}
     about = {**made_from, **asdict(settings), "recall": _means(measured)}
@@ -94,8 +96,8 @@ def train_hash_attention(
     return measured  # type: ignore[return-value]
 
 
-def _of(tell: Tell, what: str, total: int, done: int) -> None:
-    tell(what, done, total)
+def _now(tell: Tell, before: int, total: int, step: int) -> None:
+    tell(TRAINING, before + step, total)
 
 
 def _means(measured: Mapping[int, tuple[Any, Any]]) -> dict[str, dict[str, float]]:
