@@ -478,6 +478,27 @@ def test_train_command(folder, tmp_path):  # noqa: F811
     sah("generate", folder, "x" * 50, "--sparse", json.dumps(stack), "--max-new-tokens", 2)
 
 
+def test_train_command_interrupted(folder, tmp_path, monkeypatch):  # noqa: F811
+    """Ctrl-C in the midst of the second layer; the first is not trained again."""
+    out, text, trained = tmp_path / "hash.safetensors", tmp_path / "text.txt", []
+    text.write_text(read_text().content[:300])
+    small = [f"--{name}={value}" for name, value in {**SMALL, "steps": 3, "block": 64}.items()]
+    command = ["train", "hash-attention", folder, "--out", out, "--text", text, *small]
+    train_layer = hash_run.train_layer
+
+    def stopped(*arguments):
+        trained.append(arguments[4])
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        train_layer(*arguments)
+
+    monkeypatch.setattr(hash_run, "train_layer", stopped)
+    assert f"the same command goes on from {folder_of(out)}" in sah(*command, code=130)
+    assert "going on from" in sah(*command)
+    assert trained == [0, 1, 1, 2]
+    assert out.exists()
+
+
 def test_wrong_use(folder, tmp_path):  # noqa: F811
     both = (["calibrate", "double-sparsity", folder], ["train", "hash-attention", folder, "--sink=2", "--local=4"])
     for command in both:

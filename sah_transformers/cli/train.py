@@ -55,6 +55,7 @@ def hash_attention(
 ) -> None:
     """Train the weights that the masker hash_attention reads. Interrupted, the same command goes on where it was."""
     from sah_transformers.cli import prepared
+    from sah_transformers.cli.eval import INTERRUPTED
     from sah_transformers.cli.screen import WrongUse, bar, console
     from sah_transformers.prepare import HashSettings, train_hash_attention
     from sah_transformers.prepare.hash_checkpoint import folder_of
@@ -71,8 +72,12 @@ def hash_attention(
     screen = console()
     if folder_of(path).exists():
         screen.print(f"{'discarding' if restart else 'going on from'} {folder_of(path)}", markup=False)
-    with bar() as tell:
-        measured = train_hash_attention(loaded, blocks, path, origin, settings, tell, restart)
+    try:
+        with bar() as tell:
+            measured = train_hash_attention(loaded, blocks, path, origin, settings, tell, restart)
+    except KeyboardInterrupt:
+        typer.echo(f"error: interrupted: the same command goes on from {folder_of(path)}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     screen.print(table(measured, top))
     screen.print(f"wrote {path}", markup=False)
     bits_too = "" if bits == 32 else f', "hat_bits": {bits}'
