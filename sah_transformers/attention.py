@@ -98,9 +98,7 @@ class Call:
             return mask
         context = rows.context
         for masker, side in zip(self.maskers, self.side, strict=True):
-            rows.context = (
-                replace(context, side={name: data[:, :, :size] for name, data in side.items()}) if side else context
-            )
+            rows.context = replace(context, side=_within(masker, side, size)) if side else context
             mask = masker.extend(rows, mask)
         rows.context = context
         if not self.maskers and self.previous is None:
@@ -141,6 +139,12 @@ class Call:
             mask = self.select(rows, start, stop)
             out, weights = masked_attention(rows.scores(), rows.values, mask, rows.visible, sinks, self.dropout)
         return out.to(self.queries.dtype), weights, mask, rows
+
+
+def _within(masker: Masker, side: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """Side data of the first ``size`` keys; pages and what was prepared once stay whole."""
+    whole = {*masker.pages(), *masker.prepared, "ready"}
+    return {name: data if name in whole else data[:, :, :size] for name, data in side.items()}
 
 
 def _visible_mask(rows: Rows) -> Mask:
@@ -195,6 +199,7 @@ def make_call(
         layer_idx=layer_idx,
         scaling=dim**-0.5 if scaling is None else float(scaling),
         softcap=softcap,
+        heads=heads,
         head_offset=head_offset,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]

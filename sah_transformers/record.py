@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,11 +262,18 @@ def record(model: torch.nn.Module, masks: Collection[int] = ()) -> Iterator[Log]
         )
     log = Log()
     recorder = Recorder(log, masks, plan_of(modules[0]).decode_max_queries)
+    with attached(modules, recorder):
+        yield log
+
+
+@contextmanager
+def attached(modules: Sequence[Any], recorder: Any) -> Iterator[None]:
+    """Let the attention ``modules`` run their calls through ``recorder``, which has ``Recorder``'s methods."""
     before = [module.__dict__.get("_sah_recorder") for module in modules]
     for module in modules:
         module.__dict__["_sah_recorder"] = recorder
     try:
-        yield log
+        yield
     finally:
         for module, previous in zip(modules, before, strict=True):
             if previous is None:

@@ -18,6 +18,7 @@ class Context:
         layer_idx: index of the attention layer.
         scaling: factor on q·k.
         softcap: the model's cap on the scaled scores, or None.
+        heads: query heads, H.
         head_offset: global number of the first local query head (tensor parallel).
         positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
         side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
@@ -26,6 +27,7 @@ class Context:
     layer_idx: int = 0
     scaling: float = 1.0
     softcap: float | None = None
+    heads: int = 1
     head_offset: int = 0
     positions: torch.Tensor | None = None
     side: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -174,9 +176,10 @@ class Rows:
             return (one[:, index] if one.shape[1] > 1 or self.queries.shape[2] == 1 else one)[None]
 
         def side_of(tensor: torch.Tensor) -> torch.Tensor:
-            per_group = tensor.shape[1] == self.keys.shape[1]
-            part = slice(group, group + 1) if per_group else heads
-            return tensor[batch : batch + 1, part]
+            one = tensor[batch : batch + 1]
+            if tensor.dim() == 1:
+                return one
+            return one[:, group : group + 1] if tensor.shape[1] == self.keys.shape[1] else one[:, heads]
 
         bias = rows_of(self.bias)
         positions = self.context.positions
@@ -184,6 +187,7 @@ class Rows:
             self.context,
             positions=None if positions is None else positions[batch : batch + 1],
             side={name: side_of(tensor) for name, tensor in self.context.side.items()},
+            heads=self.group_size,
             head_offset=self.context.head_offset + heads.start,
         )
         return Rows(

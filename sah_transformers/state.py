@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +17,8 @@ from sah_transformers.rows import Context
 
 if TYPE_CHECKING:
     from sah_transformers.maskers.base import Masker, MaskerConfig
+
+Fold = Literal["amin", "amax"]
 
 GROWTH = 1.125
 """A full buffer grows by an eighth, so that appending a key costs no copy of the others."""
@@ -41,6 +43,7 @@ class SideBuffer:
             grown = self.storage.new_empty((*self.storage.shape[:2], room, *self.storage.shape[3:]))
             grown[:, :, : self.length] = self.view()
             self.storage = grown
+        self.storage = writable(self.storage)
         self.storage[:, :, self.length : total] = new
         self.length = total
 
@@ -53,6 +56,75 @@ class SideBuffer:
         self.storage = operation(self.view())
 
 
+class PageBuffer:
+    """The smallest or largest value of each page of ``size`` consecutive real tokens, ``[B, heads, pages, ...]``.
+
+    A page without real tokens holds the identity: inf for ``"amin"``, -inf for ``"amax"``.
+    """
+
+    def __init__(self, first: torch.Tensor, size: int, fold: Fold):
+        self.size, self.fold = size, fold
+        self.identity = float("inf") if fold == "amin" else float("-inf")
+        self.storage = first.new_full((*first.shape[:2], 0, *first.shape[3:]), self.identity)
+        self.pages = 0
+
+    def view(self) -> torch.Tensor:
+        """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
+        return self.storage[:, :, : self.pages]
+
+    def append(self, new: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        """Fold ``new [B, heads, n, ...]`` at ``positions [B, n]`` (-1: nowhere) into their pages.
+
+        Folding a key again changes nothing. ``length``: keys in all, an upper bound of the positions.
+        """
+        self.pages = max(self.pages, -(-length // self.size))
+        if self.pages > self.storage.shape[2]:
+            room = max(self.pages, int(self.storage.shape[2] * GROWTH) + 4)
+            grown = self.storage.new_full((*self.storage.shape[:2], room, *self.storage.shape[3:]), self.identity)
+            grown[:, :, : self.storage.shape[2]] = self.storage
+            self.storage = grown
+        self.storage = writable(self.storage)
+        page = torch.where(positions < 0, 0, positions // self.size)[:, None]
+        page = page.view(*page.shape, *[1] * (new.dim() - 3)).expand(new.shape)
+        hidden = (positions < 0)[:, None].view(positions.shape[0], 1, positions.shape[1], *[1] * (new.dim() - 3))
+        self.storage.scatter_reduce_(2, page, new.masked_fill(hidden, self.identity), self.fold)
+
+    def crop(self, length: int, real: torch.Tensor) -> None:
+        """Forget every page that is not full of the ``real [B, length]`` keys that stay."""
+        full = real.sum(-1) // self.size
+        stale = torch.arange(self.storage.shape[2], device=real.device) >= full[:, None]
+        stale = stale.view(stale.shape[0], 1, stale.shape[1], *[1] * (self.storage.dim() - 3))
+        self.storage = self.storage.masked_fill(stale, self.identity)
+        self.pages = min(self.pages, -(-length // self.size))
+
+    def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the stored data by ``operation`` of it."""
+        self.storage = operation(self.view())
+
+
+@dataclass
+class Prepared:
+    """What a masker made once of each sequence (codebooks): ``data [B, ...]`` per name, where ``ready [B]``."""
+
+    data: dict[str, torch.Tensor]
+    ready: torch.Tensor
+
+    def merged(self, data: dict[str, torch.Tensor], ready: torch.Tensor) -> Prepared:
+        """The same with what is ready now and was not before."""
+        fresh = ready & ~self.ready
+
+        def pick(name: str) -> torch.Tensor:
+            old = self.data[name]
+            return torch.where(fresh.view(-1, *[1] * (old.dim() - 1)), data[name], old)
+
+        return Prepared({name: pick(name) for name in self.data}, self.ready | ready)
+
+    def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the stored data by ``operation`` of it."""
+        self.data = {name: operation(tensor) for name, tensor in self.data.items()}
+        self.ready = operation(self.ready)
+
+
 class LayerState:
     """Side data of one attention layer and one batch of sequences, for every masker that keeps any.
 
@@ -60,7 +132,8 @@ class LayerState:
     """
 
     def __init__(self) -> None:
-        self._side: dict[MaskerConfig, dict[str, SideBuffer]] = {}
+        self._side: dict[MaskerConfig, dict[str, SideBuffer | PageBuffer]] = {}
+        self._prepared: dict[MaskerConfig, Prepared] = {}
         self._lengths: dict[MaskerConfig, int] = {}
         self._real: SideBuffer | None = None  # bool [B, 1, K]
 
@@ -75,13 +148,16 @@ class LayerState:
         return 0 if self._real is None else self._real.length
 
     def side(self, masker: Masker) -> dict[str, torch.Tensor]:
-        """Side data of ``masker``: one tensor ``[B, heads, K, ...]`` per name."""
-        return {name: buffer.view() for name, buffer in self._side.get(masker.config, {}).items()}
+        """Side data of ``masker``: one tensor ``[B, heads, K or pages, ...]`` per name that ``append`` returned, those
+        of ``prepare`` ``[B, ...]`` and, if there are any, ``ready [B]``."""
+        side = {name: buffer.view() for name, buffer in self._side.get(masker.config, {}).items()}
+        prepared = self._prepared.get(masker.config)
+        return side if prepared is None else {**side, **prepared.data, "ready": prepared.ready}
 
     def bytes_per_key(self) -> float:
-        """Stored side data in bytes, per key of one sequence."""
+        """Stored side data in bytes, per key of one sequence; what was prepared once is not counted."""
         views = [b.view() for buffers in self._side.values() for b in buffers.values()]
-        return sum(v.numel() * v.element_size() / max(1, v.shape[0] * v.shape[2]) for v in views)
+        return sum(v.numel() * v.element_size() / max(1, v.shape[0] * self.length) for v in views)
 
     def update(
         self,
@@ -115,20 +191,37 @@ class LayerState:
             fresh = real[:, start:].expand(batch, -1)
         known = fresh if self._real is None else torch.cat([self._real.view()[:, 0], fresh], dim=1)
         positions = positions_of(known)
-        appended: dict[MaskerConfig, dict[str, torch.Tensor]] = {}
+        appended: dict[MaskerConfig, tuple[Masker, int, dict[str, torch.Tensor]]] = {}
+        made: dict[MaskerConfig, Prepared] = {}
         with torch.no_grad():
             for masker in maskers:
-                have = self._lengths.get(masker.config, 0)
-                if masker.config not in appended:  # the same masker may stand in the stack twice
-                    part = replace(context, positions=positions[:, have:], side={})
-                    data = masker.append(keys[:, :, have:], values[:, :, have:], part)
-                    check_side(masker, data, keys, total - have, heads, self._side.get(masker.config))
-                    appended[masker.config] = data
-        for config, data in appended.items():  # nothing is stored before every masker has succeeded
-            buffers = self._side.setdefault(config, {})
+                config = masker.config
+                if config in appended:  # the same masker may stand in the stack twice
+                    continue
+                have = self._lengths.get(config, 0)
+                side: dict[str, torch.Tensor] = {}
+                prepared = self._prepare(masker, keys, values, replace(context, positions=positions, side={}))
+                if prepared is not None:
+                    if prepared is not self._prepared.get(config):
+                        made[config], have = prepared, 0  # what was kept so far was made without it
+                    side = {**prepared.data, "ready": prepared.ready}
+                part = replace(context, positions=positions[:, have:], side=side)
+                data = masker.append(keys[:, :, have:], values[:, :, have:], part)
+                check_side(masker, data, keys, total - have, heads, self._side.get(config))
+                appended[config] = masker, have, data
+        self._prepared.update(made)  # nothing is stored before every masker has succeeded
+        for config, (masker, have, data) in appended.items():
+            buffers, pages = self._side.setdefault(config, {}), masker.pages()
             for name, tensor in data.items():
-                if name in buffers:
-                    buffers[name].append(tensor)
+                if name in pages:
+                    if name not in buffers:
+                        buffers[name] = PageBuffer(tensor, *pages[name])
+                    buffers[name].append(tensor, positions[:, have:], total)  # type: ignore[call-arg]
+                elif name in buffers:
+                    buffer = buffers[name]
+                    assert isinstance(buffer, SideBuffer)
+                    buffer.crop(have)
+                    buffer.append(tensor)
                 else:
                     buffers[name] = SideBuffer(tensor)
             self._lengths[config] = total
@@ -138,11 +231,39 @@ class LayerState:
             self._real.append(fresh[:, None])
         return positions
 
+    def _prepare(self, masker: Masker, keys: torch.Tensor, values: torch.Tensor, context: Context) -> Prepared | None:
+        """What ``masker`` makes once of each sequence: the stored object itself where nothing is new."""
+        known = self._prepared.get(masker.config)
+        if known is not None and bool(known.ready.all()):
+            return known
+        if known is not None:
+            context = replace(context, side={"ready": known.ready})
+        result = masker.prepare(keys, values, context)
+        if result is None:
+            return None
+        data, ready = result
+        if known is None:
+            return Prepared(data, ready)
+        return known.merged(data, ready) if bool((ready & ~known.ready).any()) else known
+
     def crop(self, length: int) -> None:
-        """Forget the keys behind the first ``length``."""
-        for buffer in self._buffers():
-            buffer.crop(length)
-        self._lengths = {config: min(have, length) for config, have in self._lengths.items()}
+        """Forget the keys behind the first ``length``; without any left, what was prepared as well."""
+        if length >= self.length or self._real is None:
+            return
+        self._real.crop(length)
+        real = self._real.view()[:, 0]
+        for config, buffers in self._side.items():
+            kept = min(self._lengths.get(config, 0), length)
+            for buffer in buffers.values():
+                if isinstance(buffer, PageBuffer):
+                    buffer.crop(length, real)
+                    kept = min(kept, first_of_open_page(real, buffer.size))
+            for buffer in buffers.values():
+                if isinstance(buffer, SideBuffer):
+                    buffer.crop(kept)
+            self._lengths[config] = kept
+        if length == 0:
+            self._prepared.clear()
 
     def reorder(self, index: torch.Tensor) -> None:
         """Take the sequences ``index`` of the batch (beam search, batch selection)."""
@@ -160,9 +281,9 @@ class LayerState:
         """Forget everything."""
         self.__init__()  # type: ignore[misc]
 
-    def _buffers(self) -> list[SideBuffer]:
+    def _buffers(self) -> list[SideBuffer | PageBuffer | Prepared]:
         own = [buffer for buffers in self._side.values() for buffer in buffers.values()]
-        return own if self._real is None else [*own, self._real]
+        return [*own, *self._prepared.values(), *([] if self._real is None else [self._real])]
 
     def _map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for buffer in self._buffers():
@@ -203,13 +324,29 @@ class State:
         self.layers.clear()
 
 
+def first_of_open_page(real: torch.Tensor, size: int) -> int:
+    """The lowest key, over all sequences ``real [B, K]``, of a page of ``size`` real tokens that is not full."""
+    start = real.sum(-1, keepdim=True) // size * size
+    return int((real.cumsum(-1) <= start).sum(-1).min()) if real.numel() else 0
+
+
+def writable(storage: torch.Tensor) -> torch.Tensor:
+    """``storage``, or a copy of one made in inference mode, which nothing may write to afterwards."""
+    return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
+
+
 def positions_of(real: torch.Tensor) -> torch.Tensor:
     """Number of each key among its sequence's real tokens: int64 ``[B, K]`` from bool, -1 for padding."""
     return (real.cumsum(-1) - 1).masked_fill(~real, -1)
 
 
 def check_side(
-    masker: Masker, data: object, keys: torch.Tensor, new: int, heads: int, known: dict[str, SideBuffer] | None
+    masker: Masker,
+    data: object,
+    keys: torch.Tensor,
+    new: int,
+    heads: int,
+    known: dict[str, SideBuffer | PageBuffer] | None,
 ) -> None:
     """Raise ``ValueError`` unless ``append`` returned tensors ``[B, G or H, new, ...]`` that fit the ones before."""
     what = f"{type(masker).__name__}.append must return {{name: tensor [B, G or H, new keys, ...]}}"

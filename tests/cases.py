@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+import loops_methods
+import method_files
 import torch
 from hypothesis import strategies as st
 
@@ -27,6 +29,35 @@ CONFIGS = {
 }
 ADDING = [kind for kind in CONFIGS if kind != "causal"]  # after `causal` nothing is left to add
 STACKS = st.lists(st.sampled_from([*ADDING * 3, "causal"]).flatmap(CONFIGS.get), max_size=4)
+# The published methods; what they need of the sizes of a case is filled in by `method_files.fit`.
+PUBLISHED = {
+    "quest": st.fixed_dictionaries({"page_size": st.sampled_from([1, 2, 4, 16, 100])}),
+    "double_sparsity": st.fixed_dictionaries(
+        {"group_factor": st.sampled_from([1, 2, 4, 8]), "label_bits": st.sampled_from([1, 2, 3, 4, 8, 16])},
+        optional={"channel_selection": st.sampled_from(["qk_proj", "q_proj", "k_proj"])},
+    ),
+    "pq_cache": st.fixed_dictionaries(
+        {"pq_sub_dim": st.sampled_from([1, 2, 4, 8]), "pq_bits": st.sampled_from([1, 2])},
+        optional={
+            "init_offset": st.sampled_from([0, 3]),
+            "kmeans_iter": st.sampled_from([1, 3]),
+            "metric": st.sampled_from(["euclidean", "ip"]),
+        },
+    ),
+    "hash_attention": st.fixed_dictionaries({"hat_bits": st.sampled_from([1, 7, 32, 64]), "shared": st.booleans()}),
+    "socket": st.fixed_dictionaries(
+        {"K": st.sampled_from([1, 2, 4, 7]), "L": st.sampled_from([1, 5, 9]), "tau": st.sampled_from([0.3, 1.0])}
+    ),
+}
+assert set(PUBLISHED) == set(loops_methods.METHODS)  # which are loops for `loops.LOOPS` by now
+
+
+def published(kind):
+    both = st.fixed_dictionaries({"type": st.just(kind), "heavy_size": BUDGETS}, optional={"gqa": GQA})
+    return st.tuples(both, PUBLISHED[kind]).map(lambda parts: parts[0] | parts[1])
+
+
+CONFIGS |= {kind: published(kind) for kind in PUBLISHED}
 SCORED = ["oracle_top_k", "oracle_top_p"]
 # Stacks that rank by score and leave something out, mostly.
 RANKING = st.tuples(
@@ -154,10 +185,10 @@ def attention_mask(generator, kind, B, H, Q, K, dtype):
 
 
 @st.composite
-def cases(draw, stacks=STACKS, masks=MASKS, data=DATA, extras=True):
+def cases(draw, stacks=STACKS, masks=MASKS, data=DATA, extras=True, heads=HEADS, rows=(1, 2, 5, 17), longest=80):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    B, (H, G), Q = draw(st.integers(1, 3)), draw(st.sampled_from(HEADS)), draw(st.sampled_from([1, 2, 5, 17]))
-    K = draw(st.one_of(st.integers(20, 80), st.integers(1, 80), st.just(Q), st.integers(1, Q)))
+    B, (H, G), Q = draw(st.integers(1, 3)), draw(st.sampled_from(heads)), draw(st.sampled_from(rows))
+    K = draw(st.one_of(st.integers(20, longest), st.integers(1, longest), st.just(Q), st.integers(1, Q)))
     D, Dv = draw(st.sampled_from([1, 4, 16, 64])), draw(st.sampled_from([1, 4, 8, 24]))
     dtype, kind, numbers = (
         draw(st.sampled_from(DTYPES)),
@@ -181,4 +212,7 @@ def cases(draw, stacks=STACKS, masks=MASKS, data=DATA, extras=True):
         if draw(st.integers(0, 5)) == 0:
             listed = torch.randint(-1, K, (B, Q, draw(st.integers(1, 12))), generator=generator)
             options["indices"] = listed
-    return Case(queries, keys, values, draw(stacks), options, f"{kind}, {numbers}")
+    maskers = [method_files.fit(masker, H, G, D) for masker in draw(stacks)]
+    if any(masker["type"] in PUBLISHED for masker in maskers):
+        options["layer_idx"] = draw(st.integers(0, 1))
+    return Case(queries, keys, values, maskers, options, f"{kind}, {numbers}")

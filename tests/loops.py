@@ -6,7 +6,7 @@ the edge of `top_p`), the row is not `sure`, and only then may a test leave it o
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -103,6 +103,19 @@ def scores(queries, keys, visible, biases, scaling=None, softcap=None):
 
 
 @dataclass
+class Inputs:
+    """What the published methods look at besides the scores."""
+
+    queries: np.ndarray  # [B, H, Q, D]
+    keys: np.ndarray  # [B, G, K, D]
+    values: np.ndarray  # [B, G, K, Dv]
+    scaling: float
+    real: np.ndarray  # [B, K]: keys that some row sees, whatever a model's own indexer says
+    layer: int = 0
+    given: dict = field(default_factory=dict)  # what a method was handed, by `type`: codebooks, planes
+
+
+@dataclass
 class Rows:
     """What a masker sees. All [B, H, Q, K]; `sure` [B, H, Q]."""
 
@@ -112,6 +125,7 @@ class Rows:
     error: np.ndarray
     sure: np.ndarray
     kv_heads: int
+    inputs: Inputs | None = None
 
     def __iter__(self):
         B, H, Q, _ = self.visible.shape
@@ -354,8 +368,10 @@ def sparse_attention(
     position_bias=None,
     indices=None,
     previous_mask=None,
+    layer_idx=0,
+    given=None,
 ) -> Truth:
-    """The whole computation; `previous_mask` a dense tensor of weights."""
+    """The whole computation; `previous_mask` a dense tensor of weights, `given` what methods were handed."""
     B, H, Q, _ = queries.shape
     shape = (B, H, Q, keys.shape[2])
     visible, bias = visibility(shape, attention_mask, is_causal, indices)
@@ -364,7 +380,11 @@ def sparse_attention(
         biases.append(np.broadcast_to(array(position_bias), shape))
     score, error = scores(queries, keys, visible, biases, scaling, softcap)
     weights = np.zeros(shape) if previous_mask is None else array(previous_mask).copy()
-    rows = Rows(visible, weights, score, error, np.ones(shape[:3], dtype=bool), keys.shape[1])
+    seen = visible if indices is None else visibility(shape, attention_mask, is_causal)[0]
+    factor = queries.shape[3] ** -0.5 if scaling is None else scaling
+    tensors = (array(queries), array(keys), array(values))
+    inputs = Inputs(*tensors, factor, seen.any(axis=(1, 2)), layer_idx, given or {})
+    rows = Rows(visible, weights, score, error, np.ones(shape[:3], dtype=bool), keys.shape[1], inputs)
     for config in maskers or [{"type": "causal"}]:
         LOOPS[config["type"]](config, rows)
     out = attend(score, rows.weights, visible, values, None if sinks is None else array(sinks))

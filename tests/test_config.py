@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+import method_files
 import pytest
 import torch
 import yaml
 from sparse_models import STACK, build, differ, generate, logits, prompt, selections, sparse
+from transformers import DynamicCache
 
 import sah_transformers
 from sah_transformers import MaskerRegistry, SparseAttentionConfig, TopKMasker, TopKMaskerConfig, config
@@ -28,11 +30,48 @@ EXAMPLES = {
     "causal": [{}],
     "oracle_top_k": [{"heavy_size": 0.05}, {"heavy_size": 7, "gqa": "group"}],
     "oracle_top_p": [{"top_p": 0.0}, {"top_p": 1.0, "coverage": "total", "gqa": "group"}],
+    "quest": [{"heavy_size": 0.2}, {"heavy_size": 64, "gqa": "group", "page_size": 8}],
+    "double_sparsity": [
+        {"heavy_size": 0.05, "sorted_channel_file": method_files.channel_file(4, 16)},
+        {
+            "heavy_size": 5,
+            "gqa": "group",
+            "group_factor": 2,
+            "label_bits": 16,
+            "channel_selection": "k_proj",
+            "sorted_channel_file": method_files.channel_file(4, 16, seed=1),
+        },
+    ],
+    "pq_cache": [
+        {"heavy_size": 0.1, "pq_sub_dim": 8},
+        {
+            "heavy_size": 3,
+            "gqa": "group",
+            "pq_sub_dim": 4,
+            "pq_bits": 2,
+            "kmeans_iter": 3,
+            "init_offset": 0,
+            "metric": "ip",
+        },
+    ],
+    "hash_attention": [
+        {"heavy_size": 0.1, "hat_weight_file": method_files.weight_file(4, 2, 16)},
+        {
+            "heavy_size": 4,
+            "gqa": "group",
+            "hat_bits": 64,
+            "hat_weight_file": method_files.weight_file(4, 2, 16, bits=64, shared=True),
+        },
+    ],
+    "socket": [{"heavy_size": 0.1}, {"heavy_size": 9, "gqa": "group", "K": 4, "L": 10, "tau": 0.5}],
 }
 
 
 def test_every_registered_masker_has_examples():
     assert set(EXAMPLES) == set(MaskerRegistry.types())
+    for kind, examples in EXAMPLES.items():
+        given = {name for example in examples for name in example}
+        assert given == {field.name for field in dataclasses.fields(MaskerRegistry.config_class(kind))}
 
 
 def stack(*maskers):
@@ -132,11 +171,11 @@ NO_BUDGET = [True, False, math.nan, math.inf, 1.5, 0, 0.0, -1, -0.5, "5", "0.05"
 
 
 @pytest.mark.parametrize("value", NO_BUDGET, ids=repr)
-@pytest.mark.parametrize("kind", ["sink", "local", "oracle_top_k"])
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in ("causal", "oracle_top_p")])
 def test_budgets_are_checked(kind, value):
     field = next(iter(EXAMPLES[kind][0]))
     with pytest.raises(ValueError, match=rf"^maskers\[1\]\.{field} must be .*int.*float in \(0, 1\]") as caught:
-        parse(stack({"type": "causal"}, {"type": kind, field: value}))
+        parse(stack({"type": "causal"}, {"type": kind, **EXAMPLES[kind][0], field: value}))
     assert f"got {value!r}" in str(caught.value)
 
 
@@ -338,7 +377,8 @@ def test_presets_load_and_run(name):
     assert parse(given.to_dict()) == given
     options = {"num_hidden_layers": 4, "max_position_embeddings": 2048, "dtype": torch.float32}
     model = sparse(name, **options)
-    ids = prompt(700)
+    sizes = [size for masker in given.maskers for size in dataclasses.asdict(masker).values()]
+    ids = prompt(max(700, sum(size for size in sizes if type(size) is int and size > 99) * 3 // 2))
     with selections() as log:
         answer = generate(model, ids, new=2)
     dense = given.dense_layers
@@ -346,7 +386,16 @@ def test_presets_load_and_run(name):
     assert answer.shape == (1, 2)
     sparsest = min(float((e.mask[:, :, -1] > 0).float().mean()) for e in log if e.rows[-1] >= 699)
     assert sparsest < 0.95, "selected (nearly) everything: it is dense"
-    assert differ(logits(model, ids), logits(build(**options), ids))
+    dense_model = build(**options)
+    if given.prefill != "dense":
+        assert differ(logits(model, ids), logits(dense_model, ids))
+
+    def step(model):
+        cache = DynamicCache()
+        logits(model, ids[:, :-1], past_key_values=cache)
+        return logits(model, ids[:, -1:], past_key_values=cache)
+
+    assert differ(step(model), step(dense_model))
 
 
 def write_preset(tmp_path, monkeypatch, data):

@@ -7,15 +7,18 @@ first row that differs is shown, its keys must be within 1e-5 of the score scale
 import copy
 import itertools
 
+import method_files
 import pytest
 import torch
-from sparse_models import by_position, generate, left_padded, logits, prompt, selections, sparse
+from sparse_models import build, by_position, generate, left_padded, logits, prompt, selections, sparse
 from transformers import DynamicCache
 
+import sah_transformers
 from sah_transformers import Mask, MaskerRegistry, sparse_attention
 from sah_transformers.attention import BLOCK_ELEMENTS
 
 # Stacks that show each registered masker: with a count, with a share, after others, per KV head.
+GROUP = {"gqa": "group"}
 BEFORE = [{"type": "sink", "sink_size": 1}, {"type": "local", "window_size": 2}]
 STACKS = {
     "sink": [[{"type": "sink", "sink_size": 3}], [{"type": "sink", "sink_size": 0.4}]],
@@ -31,9 +34,34 @@ STACKS = {
         [*BEFORE, {"type": "oracle_top_p", "top_p": 0.6, "coverage": "total"}],
         [*BEFORE, {"type": "oracle_top_p", "top_p": 0.5, "gqa": "group"}],
     ],
+    "quest": [
+        [{"type": "quest", "heavy_size": 7, "page_size": 3}],
+        [*BEFORE, {"type": "quest", "heavy_size": 0.5, "page_size": 2, "gqa": "group"}],
+    ],
+    "double_sparsity": [
+        [method_files.double_sparsity(4, 16, heavy_size=3)],
+        [*BEFORE, method_files.double_sparsity(4, 16, heavy_size=0.3, group_factor=2, label_bits=16)],
+        [*BEFORE, method_files.double_sparsity(4, 16, heavy_size=2, group_factor=4, gqa="group")],
+    ],
+    "pq_cache": [  # the last has too few keys for its codebooks, always
+        [{"type": "pq_cache", "heavy_size": 3, "pq_sub_dim": 8, "pq_bits": 1, "init_offset": 1}],
+        [*BEFORE, {"type": "pq_cache", "heavy_size": 0.3, "pq_sub_dim": 4, "pq_bits": 1, "metric": "ip", **GROUP}],
+        [*BEFORE, {"type": "pq_cache", "heavy_size": 2, "pq_sub_dim": 8}],
+    ],
+    "hash_attention": [
+        [method_files.hash_attention(4, 2, 16, heavy_size=3)],
+        [*BEFORE, method_files.hash_attention(4, 2, 16, heavy_size=0.3, hat_bits=40, shared=True)],
+        [*BEFORE, method_files.hash_attention(4, 2, 16, heavy_size=2, gqa="group")],
+    ],
+    "socket": [
+        [{"type": "socket", "heavy_size": 3, "K": 4, "L": 9}],
+        [*BEFORE, {"type": "socket", "heavy_size": 0.3, **GROUP}],
+    ],
 }
+FITS = ["pq_cache-0", "pq_cache-1"]  # made of the prompt by the first call that is long enough: chunks of it differ
 EVERY = [pytest.param(stack, id=f"{kind}-{i}") for kind, stacks in STACKS.items() for i, stack in enumerate(stacks)]
 every_stack = pytest.mark.parametrize("stack", EVERY)
+every_chunkable_stack = pytest.mark.parametrize("stack", [one for one in EVERY if one.id not in FITS])
 NEAR_TIE = 1e-5
 
 
@@ -111,7 +139,7 @@ def test_right_padding(stack):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("chunk", [7, 1])
-@every_stack
+@every_chunkable_stack
 def test_chunking(stack, chunk, dtype):
     """A prefill at once, in chunks of 7, token by token: the same keys per row and the same greedy tokens."""
     model, ids = sparse(stack, dtype=dtype), prompt(24, seed=3)
@@ -120,6 +148,22 @@ def test_chunking(stack, chunk, dtype):
         again = generate(model, ids, new=6, prefill_chunk_size=chunk)
     assert torch.equal(tokens, again)
     assert_same_selections(by_position(log), expected, exact=dtype == torch.float64, what=f"chunks of {chunk}")
+
+
+@pytest.mark.parametrize("chunk", [7, 1])
+@pytest.mark.parametrize("stack", [one for one in EVERY if one.id in FITS])
+def test_chunking_of_a_prompt_that_is_read_densely(stack, chunk):
+    """What is made of the prompt is made at the first sparse call, however the prompt was chunked."""
+    ids, tails, tokens = prompt(24, seed=3), prompt(3, seed=4), []
+    for size in (24, chunk):
+        model = sparse({"maskers": stack, "prefill": "dense", "decode_max_queries": 0})
+        cache = DynamicCache()
+        for part in ids.split(size, dim=1):
+            logits(model, part, past_key_values=cache)
+        model = sah_transformers.enable(model, {"maskers": stack, "prefill": "dense"})
+        tokens.append(logits(model, tails, past_key_values=cache))
+    assert (tokens[0] - tokens[1]).abs().max() < 1e-9
+    assert (tokens[0] - logits(build(), torch.cat([ids, tails], 1))[:, -3:]).abs().max() > 1e-4
 
 
 @every_stack
@@ -138,7 +182,7 @@ def test_chunks_are_no_blocks(stack, monkeypatch):
 
 def tensors(seed=0, batch=2, rows=9):
     generator = torch.Generator().manual_seed(seed)
-    shapes = (batch, 4, rows, 8), (batch, 2, 9, 8), (batch, 2, 9, 8)
+    shapes = (batch, 4, rows, 16), (batch, 2, 9, 16), (batch, 2, 9, 16)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -222,14 +266,14 @@ def duplicated(length, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["zero queries", "no positions"])
-@every_stack
+@every_chunkable_stack
 def test_exact_ties(stack, how, dtype):
     """Rows of exact ties, padded and chunked: selections of the first layer are equal whatever the dtype."""
     model = with_ties(stack, how, dtype)
     prompts = [duplicated(n, seed=n) for n in (19, 8, 13)]
     ids, mask = left_padded(prompts)
-    with selections() as log:
-        logits(model, ids, attention_mask=mask)
+    with selections() as log:  # positions as in `generate`: hashes of rotated keys know them
+        logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     for row, one in enumerate(prompts):
         with selections() as alone:
             logits(model, one)

@@ -2,6 +2,7 @@
 
 import threading
 
+import method_files
 import pytest
 import torch
 from cases import CONFIGS, tensors
@@ -33,8 +34,16 @@ STACKS = {
         {"type": "oracle_top_p", "top_p": 0.4, "coverage": "total"},
     ],
     "dense": [],
+    "pq without codebooks": [{"type": "pq_cache", "heavy_size": 5, "pq_sub_dim": 8}],
 }
+for kind, config in method_files.DEFAULTS.items():
+    STACKS[kind] = [method_files.fit({**config, "heavy_size": 5}, 4, 2, 16)]
+    STACKS[f"{kind} group"] = [STACKS["sink"][0], {**STACKS[kind][0], "gqa": "group"}]
 each_stack = pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+# Codebooks are made by the first call with enough keys, whatever chunk that is.
+each_chunkable_stack = pytest.mark.parametrize(
+    "stack", [pytest.param(stack, id=name) for name, stack in STACKS.items() if not name.startswith("pq_cache")]
+)
 each_data = pytest.mark.parametrize("data", ["normal", "few distinct keys", "near ties", "zero queries"])
 
 
@@ -56,7 +65,7 @@ def test_every_masker_is_in_a_stack_here():
 # Invariances
 
 
-@each_stack
+@each_chunkable_stack
 @each_data
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_select_what_one_prefill_selects(stack, data, dtype):
@@ -105,6 +114,7 @@ def test_padding_changes_no_real_row(stack, data, side):
 @each_stack
 def test_sequences_and_kv_heads_do_not_see_each_other(stack):
     q, k, v = draw(B=3, H=6, G=3)
+    stack = [method_files.fit(masker, 6, 3, 16) for masker in stack]
     out, whole = select(q, k, v, stack)
     for b in range(3):
         for g in range(3):
@@ -234,7 +244,11 @@ def test_an_empty_mask_is_no_mask_in_every_form(stack):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_add_mask_has_defaults(kind):
     config = {"sink": {"sink_size": 2}, "local": {"window_size": 2}, "oracle_top_k": {"heavy_size": 3}}
-    config = MaskerRegistry.config_class(kind)(**{"oracle_top_p": {"top_p": 0.6}, **config}.get(kind, {}))
+    config = {"oracle_top_p": {"top_p": 0.6}, **config}.get(kind, {})
+    if kind in method_files.DEFAULTS:
+        config = method_files.fit({**method_files.DEFAULTS[kind], "heavy_size": 3}, 4, 2, 16)
+        config.pop("type")
+    config = MaskerRegistry.config_class(kind)(**config)
     masker = MaskerRegistry.create_masker(config)
     q, k, v = draw(Q=5, K=20)
     shape = (2, 4, 5, 20)
@@ -254,6 +268,7 @@ def test_add_mask_has_defaults(kind):
 @pytest.mark.parametrize("shape", [{"B": 0}, {"Q": 0}, {"K": 0, "Q": 3}, {"K": 1, "Q": 1}, {"K": 1, "Q": 4}], ids=str)
 def test_empty_and_single(stack, shape):
     q, k, v = (torch.randn(s) for s in sizes(**shape))
+    stack = [method_files.fit(masker, 4, 2, 4) for masker in stack]
     out, mask = select(q, k, v, stack)
     B, H, Q, _ = q.shape
     assert out.shape == (B, Q, H, 8)

@@ -3,12 +3,15 @@
 import typer
 
 from sah_transformers.cli.bench import bench
+from sah_transformers.cli.calibrate import app as calibration
 from sah_transformers.cli.check import check
 from sah_transformers.cli.demo import demo
+from sah_transformers.cli.eval import app as evaluation
 from sah_transformers.cli.generate import generate
 from sah_transformers.cli.presets import presets
 from sah_transformers.cli.screen import errors_in_one_line
 from sah_transformers.cli.show import show
+from sah_transformers.cli.train import app as training
 
 app = typer.Typer(
     name="sah",
@@ -20,5 +23,8 @@ app = typer.Typer(
 )
 for command in (generate, demo, presets, check, show, bench):
     app.command()(errors_in_one_line(command))
+app.add_typer(evaluation, name="eval")
+app.add_typer(calibration, name="calibrate")
+app.add_typer(training, name="train")
 
 __all__ = ["app"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import typer
@@ -13,6 +15,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 FAILED, WRONG_USE = 1, 2
 """Exit codes: the work failed; the command line or configuration is wrong."""
+
+
+LOG_S = 30.0
 
 
 class WrongUse(Exception):
@@ -41,6 +46,49 @@ def spinner(text: str) -> Any:
     if not stream.is_terminal:
         stream.print(text, markup=False)  # a log file gets one line per step
     return stream.status(text)
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: call what it yields with (what, done, total); a new ``what`` starts a new bar.
+
+    A log file gets a line for each ``what``, and one every half minute.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    stream = Console(file=sys.stderr, highlight=False)
+    if not stream.is_terminal:
+        last, since = "", time.monotonic()
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal last, since
+            if what != last or time.monotonic() - since > LOG_S:
+                stream.print(f"{what}: {done} of {total}", markup=False)
+                last, since = what, time.monotonic()
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stream, transient=True) as progress:
+        task = progress.add_task("", total=1)
+        shown = ""
+
+        def draw(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if what != shown:
+                progress.reset(task, description=what)
+                shown = what
+            progress.update(task, completed=done, total=total)
+
+        yield draw
 
 
 def errors_in_one_line(command: Command) -> Command:

@@ -164,6 +164,7 @@ def attend_planned(
             value,
             stack,
             layer_idx=module.layer_idx,
+            head_offset=first_head(module, query.shape[1]),
             min_keys=plan.min_keys,
             layer_state=state,
             kernel=plan.kernel,
@@ -176,6 +177,22 @@ def attend_planned(
         side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
         return recorder.sparse(module.layer_idx, call, side_bytes, weights)
     return run(call(), return_weights=weights)
+
+
+def first_head(module: Any, heads: int) -> int:
+    """The global number of the first of a module's ``heads`` local query heads: not 0 on a tensor-parallel shard."""
+    total = getattr(module.config, "num_attention_heads", None)
+    if not isinstance(total, int) or heads >= total:
+        return 0
+    for parameter in module.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            continue
+        names = mesh.mesh_dim_names or ()
+        for dim, placement in enumerate(parameter.placements):
+            if placement.is_shard(0) and (mesh.ndim == 1 or (dim < len(names) and names[dim] == "tp")):
+                return mesh.get_local_rank(dim) * heads
+    return 0
 
 
 def announce(call: Call) -> None:

@@ -74,6 +74,12 @@ def _resolve(module: Any, source: Any) -> LayerPlan:
         prefill = config.prefill
     else:
         prefill = tuple(MaskerRegistry.create_masker(c) for c in config.prefill)
+    heads = getattr(module.config, "num_attention_heads", None)
+    for masker in (*stack, *(() if isinstance(prefill, str) else prefill)):
+        masker.check_layer(index, heads if isinstance(heads, int) else None)
+        if masker.pages() and window_of(module) is not None:
+            kind = masker.config.type
+            return replace(plan, dense=f"the model windows it ({window_of(module)}) and {kind} needs whole pages")
     if not stack and (isinstance(prefill, str) or config.maskers):
         return replace(plan, dense="no maskers")
     return replace(plan, maskers=stack, prefill=prefill)

@@ -13,6 +13,7 @@ from sah_transformers.mask import Mask
 from sah_transformers.rows import Context, Rows
 from sah_transformers.selections import Selection
 from sah_transformers.spelling import unknown_name
+from sah_transformers.state import Fold
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Masker(ABC):
     needs_positions: ClassVar[bool] = False
     """Whether ``select`` reads ``rows.context.positions`` (maskers with side data have them anyway)."""
 
+    prepared: ClassVar[tuple[str, ...]] = ()
+    """Names that ``prepare`` returns."""
+
     def __init__(self, config: Any):
         self.config = config
 
@@ -91,6 +95,36 @@ class Masker(ABC):
             ``{name: tensor [B, G or H, new, ...]}``; empty (the default) for maskers without side data.
         """
         return {}
+
+    def pages(self) -> dict[str, tuple[int, Fold]]:
+        """Names of ``append``'s data of which only the smallest or largest of each page is kept: ``{name: (keys per
+        page, "amin" | "amax")}``. ``ctx.side[name]`` is then ``[B, G or H, pages, ...]``; pages count from the
+        sequence's first real token, one without real tokens holds inf or -inf."""
+        return {}
+
+    def prepare(
+        self, keys: torch.Tensor, values: torch.Tensor, ctx: Context
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        """What is made once of each sequence, from all keys in the cache (codebooks); kept until the cache is empty.
+
+        Asked at each call until every sequence is ready; what a ready sequence has stays as it is. Handed to
+        ``append`` and ``score`` as ``ctx.side``, with ``ctx.side["ready"]``.
+
+        Args:
+            keys, values: all of them, ``[B, G, K, D]`` and ``[B, G, K, Dv]``; ``ctx.positions``: ``[B, K]``;
+                ``ctx.side["ready"]``: bool ``[B]``, if it was asked before: what it returns for those is not used.
+
+        Returns:
+            ({name: tensor ``[B, ...]``}, which sequences are ready: bool ``[B]``), or None (the default).
+        """
+        return None
+
+    def check_layer(self, layer_idx: int, heads: int | None) -> None:  # noqa: B027 (few maskers read files)
+        """Raise ``ValueError`` when a file that this masker reads does not fit a layer; asked when a model is loaded.
+
+        Args:
+            layer_idx: index of the layer; heads: query heads of the whole model, or None where it does not say.
+        """
 
     @property
     def needs_state(self) -> bool:

@@ -150,7 +150,8 @@ class TopKMasker(ScoredMasker):
         heads = by_group(margin, rows.keys.shape[1])
         if self.group_reduce == "sum":
             return heads.sum(dim=2)
-        return 2 * (heads.amax(dim=2) + 1e-6) * mass.amax(-1, keepdim=True)
+        margin = 2 * (heads.amax(dim=2) + 1e-6) * mass.amax(-1, keepdim=True)
+        return margin.nan_to_num(nan=float("inf"))  # no bound on scores beyond float32, whose mass may be nothing
 
 
 def group_counts(rows: Rows) -> torch.Tensor:

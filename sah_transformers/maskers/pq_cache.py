@@ -1,0 +1,222 @@
+"""PQCache: keys ranked by their product-quantised scores (arXiv 2407.12820)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from sah_transformers.budget import check_number
+from sah_transformers.maskers.registry import MaskerRegistry
+from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
+from sah_transformers.rows import Context, dot
+
+GRID = 2**20
+"""Sub-vectors are rounded to whole numbers up to this, the largest of the prompt's near it: then every product and
+sum of the k-means is exact in float64, whatever the order, the padding, the chunk or the device."""
+
+REACH = 8 * GRID
+"""Larger sub-vectors, of later keys, are rounded to multiples of a power of two that keeps their sums exact too."""
+
+ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Distances held at once, per device type."""
+
+KEYS_PER_CENTROID = 4
+
+
+@dataclass(frozen=True)
+class PQCacheConfig(TopKMaskerConfig):
+    """Config of ``PQCache``.
+
+    Attributes:
+        pq_sub_dim: dimensions of a sub-vector: an int, or a share of the head dimension (0.5: two sub-vectors). Must
+            divide the head dimension.
+        pq_bits: bits of a code, 1 to 8: ``2**pq_bits`` centroids per sub-vector, one byte per sub-vector and key.
+        kmeans_iter: iterations of the k-means.
+        init_offset: the first keys of a sequence, left out of the k-means (attention sinks are outliers).
+        metric: ``"euclidean"``; or ``"ip"``: the k-means sees every sub-vector with one more channel,
+            ``sqrt(max(0, max_norm**2 - |k|**2))``, which makes all equally long.
+    """
+
+    type: ClassVar[str] = "pq_cache"
+    gqa: Literal["head", "group"] = field(default="head", kw_only=True)
+    pq_sub_dim: int | float
+    pq_bits: int = 6
+    kmeans_iter: int = 10
+    init_offset: int = 4
+    metric: Literal["euclidean", "ip"] = "euclidean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = isinstance(self.pq_sub_dim, float)
+        rule = "an int >= 1 (dimensions) or a float in (0, 1] (a share of the head dimension)"
+        check_number("pq_sub_dim", self.pq_sub_dim, rule)
+        if not (0.0 < self.pq_sub_dim <= 1.0 if share else self.pq_sub_dim >= 1):
+            raise ValueError(f"pq_sub_dim must be {rule}, got {self.pq_sub_dim!r}")
+        for name, least, most in (("pq_bits", 1, 8), ("kmeans_iter", 1, None), ("init_offset", 0, None)):
+            value = getattr(self, name)
+            rule = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
+            check_number(name, value, rule)
+            if not isinstance(value, int) or value < least or (most is not None and value > most):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+        if self.metric not in ("euclidean", "ip"):
+            raise ValueError(f"metric must be 'euclidean' or 'ip', got {self.metric!r}")
+
+
+@MaskerRegistry.register(PQCacheConfig)
+class PQCache(TopKMasker):
+    """Selects the keys whose decoded sub-vectors have the best inner products with the query.
+
+    Per layer, sequence and KV head, at the first call with enough keys, each sub-vector gets a codebook: k-means over
+    the sequence's real keys then in the cache after the first ``init_offset``, started from the ``c * n // C``-th of
+    the n keys for centroid c of C, with a fixed number of iterations; an empty cluster keeps its centre, a key as
+    near to two centroids is the lower one's. Every key then has the code of its nearest centroid per sub-vector, the
+    first ``init_offset`` and those that come later too; centroids are not refitted before the cache is empty.
+
+    The score of a key is ``scaling`` times the sum over sub-vectors of q·centroid. While a sequence has fewer than
+    four keys per centroid its keys have no codes and score ``scaling * q·k``.
+
+    With ``prefill: "dense"`` the fit is at the first sparse call, however the prompt was chunked; with ``"same"`` it
+    is at the first chunk that has enough keys, and sees the whole chunk.
+
+    Side data: ``codes``, uint8 ``[B, G, K, M]`` for M sub-vectors. Prepared: ``centroids``, float32
+    ``[B, G, M, C, S]`` (S the sub-vector's dimensions, one more for ``"ip"``), whole multiples of ``step``, float32
+    ``[B, G, M]``, a power of two; for ``"ip"`` also ``radius``, float64 ``[B, G, M]``, the largest ``|k / step|**2``.
+
+    Raises:
+        ValueError: from a call whose head dimension is no multiple of ``pq_sub_dim``.
+    """
+
+    config: PQCacheConfig
+    prepared = ("centroids", "step", "radius")
+
+    def parts(self, dim: int) -> int:
+        """Sub-vectors of a key with ``dim`` dimensions."""
+        width = self.config.pq_sub_dim if isinstance(self.config.pq_sub_dim, int) else self.config.pq_sub_dim * dim
+        if width != int(width) or width < 1 or dim % int(width):
+            raise ValueError(
+                f"pq_sub_dim must divide the head dimension, got pq_sub_dim={self.config.pq_sub_dim!r} "
+                f"and a head dimension of {dim}"
+            )
+        return dim // int(width)
+
+    def prepare(
+        self, keys: torch.Tensor, values: torch.Tensor, ctx: Context
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Codebooks of the sequences that have enough keys and none yet."""
+        batch, groups, _, dim = keys.shape
+        count, parts = 2**self.config.pq_bits, self.parts(dim)
+        assert ctx.positions is not None
+        fitted = ctx.positions >= self.config.init_offset  # [B, K]; padding has -1
+        ready = fitted.sum(-1) >= KEYS_PER_CENTROID * count
+        width = dim // parts + (self.config.metric == "ip")
+        data = {
+            "centroids": keys.new_zeros(batch, groups, parts, count, width, dtype=torch.float32),
+            "step": keys.new_ones(batch, groups, parts, dtype=torch.float32),
+        }
+        if self.config.metric == "ip":
+            data["radius"] = keys.new_zeros(batch, groups, parts, dtype=torch.float64)
+        missing = ready & ~ctx.side["ready"] if "ready" in ctx.side else ready
+        for b in missing.nonzero().flatten().tolist():
+            points = split(keys[b][:, fitted[b]], parts)
+            step = step_of(points)
+            points = snap(points, step)
+            if "radius" in data:
+                data["radius"][b] = points.square().sum(-1).amax(-1)
+                points = augment(points, data["radius"][b])
+            centroids = k_means(points, count, self.config.kmeans_iter)
+            data["centroids"][b] = (centroids * step[..., None, None]).float()
+            data["step"][b] = step.float()
+        return data, ready
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
+        """Codes of new keys; zeros while there is no codebook."""
+        batch, groups, new, dim = keys.shape
+        parts, step = self.parts(dim), ctx.side["step"].double()
+        centroids = ctx.side["centroids"].double() / step[..., None, None]
+        codes = torch.zeros(batch, groups, new, parts, dtype=torch.uint8, device=keys.device)
+        for start, stop in blocks(new, centroids):
+            points = snap(split(keys[:, :, start:stop], parts), step)
+            if "radius" in ctx.side:
+                points = augment(points, ctx.side["radius"])
+            codes[:, :, start:stop] = nearest(points, centroids).transpose(-1, -2)
+        return {"codes": codes}
+
+    def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """In float64: keys with equal codes tie exactly, and nothing needs a second look."""
+        codes, ready = ctx.side["codes"], ctx.side["ready"]
+        batch, groups, size, parts = codes.shape
+        heads, rows, dim = queries.shape[1:]
+        folded = queries.double().reshape(batch, groups, heads // groups * rows, parts, dim // parts)
+        centroids = ctx.side["centroids"][..., : dim // parts].double()  # without the channel of "ip"
+        scores = queries.new_zeros(batch, groups, heads // groups * rows, size, dtype=torch.float64)
+        for m in range(parts):
+            table = folded[:, :, :, m] @ centroids[:, :, m].transpose(-1, -2)  # [B, G, H//G*q, C]
+            code = codes[:, :, None, :, m].long().expand_as(scores)
+            scores += table.gather(-1, code)
+        scores = scores.view(batch, heads, rows, size)
+        for b in (~ready).nonzero().flatten().tolist():
+            scores[b] = dot(queries[b : b + 1].double(), keys[b : b + 1].double())[0]
+        return scores.mul_(ctx.scaling)
+
+
+def split(keys: torch.Tensor, parts: int) -> torch.Tensor:
+    """Sub-vectors ``[..., M, n, S]`` of keys ``[..., n, D]``, in float64; NaN and Inf count as zero."""
+    finite = keys.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return finite.unflatten(-1, (parts, -1)).transpose(-3, -2)
+
+
+def power_above(numbers: torch.Tensor) -> torch.Tensor:
+    """The power of two above each of ``numbers`` >= 0, exactly; 1 for 0."""
+    return torch.where(numbers > 0, numbers / torch.frexp(numbers)[0], 1.0)
+
+
+def step_of(points: torch.Tensor) -> torch.Tensor:
+    """The power of two ``[..., M]`` that brings the numbers of ``points [..., M, n, S]`` below ``GRID``."""
+    return power_above(points.abs().amax((-1, -2))).clamp(2.0**-100, 2.0**100) / GRID
+
+
+def snap(points: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """``points [..., M, n, S]`` in whole numbers of ``step [..., M]``."""
+    points = (points / step[..., None, None]).clamp(-(2.0**400), 2.0**400)
+    coarse = (power_above(points.abs().amax(-1, keepdim=True)) / REACH).clamp(min=1)
+    return (points / coarse).round() * coarse
+
+
+def augment(points: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """``points [..., M, n, S]`` with the channel that makes those within ``radius [..., M]`` equally long."""
+    missing = (radius[..., None] - points.square().sum(-1)).clamp(min=0).sqrt().round()
+    return torch.cat([points, missing[..., None]], dim=-1)
+
+
+def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The nearest of ``centroids [..., C, S]`` to each of ``points [..., n, S]``, the lower of equals: ``[..., n]``.
+
+    Both hold whole numbers in float64, so that distances are exact.
+    """
+    squares = centroids.square().sum(-1)[..., None, :]
+    return (squares - 2 * (points @ centroids.transpose(-1, -2))).argmin(-1)
+
+
+def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
+    """``count`` centroids ``[..., count, S]`` of ``points [..., n, S]``, whole numbers in float64."""
+    n = points.shape[-2]
+    every = torch.arange(count, device=points.device)
+    centroids = points[..., every * n // count, :]
+    for _ in range(iterations):
+        sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+        for start, stop in blocks(n, centroids):
+            part = points[..., start:stop, :]
+            member = (nearest(part, centroids)[..., None, :] == every[:, None]).double()  # [..., C, n]
+            sums += member @ part
+            sizes += member.sum(-1, keepdim=True)
+        centroids = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).round(), centroids)
+    return centroids
+
+
+def blocks(n: int, centroids: torch.Tensor) -> list[tuple[int, int]]:
+    """Ranges of ``n`` keys whose distances to ``centroids [..., C, S]`` are about ``ELEMENTS``."""
+    limit = ELEMENTS["cuda" if centroids.device.type == "cuda" else "cpu"]
+    step = max(1, limit // max(1, centroids.shape[:-1].numel()))
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
