@@ -145,9 +145,7 @@ class Rows:
         """``scores()`` at the positions ``[n, 4]`` (batch, head, row, key), in float64 rounded to float32, ``[n]``."""
         b, h, i, k = index.unbind(-1)
         products = self.queries[b, h, i].double() * self.keys[b, h // self.group_size, k].double()
-        scores = products.sum(-1) * self.context.scaling
-        if self.context.softcap is not None:
-            scores = self.context.softcap * torch.tanh(scores / self.context.softcap)
+        scores = capped(products.sum(-1) * self.context.scaling, self.context)
         if self.bias is not None:
             scores = scores + self.bias.expand(self.shape)[b, h, i, k].double()
         return scores.float()
@@ -244,4 +242,9 @@ def scores_of(queries: torch.Tensor, keys: torch.Tensor, ctx: Context) -> torch.
         scores = dot(queries * ctx.scaling, keys)  # one pass over the scores less
     else:  # float64 decides ties: scaling the queries first would round their products apart
         scores = dot(queries, keys).mul_(ctx.scaling)
+    return capped(scores, ctx)
+
+
+def capped(scores: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """``softcap * tanh(scores / softcap)`` where the model has a cap."""
     return scores if ctx.softcap is None else ctx.softcap * torch.tanh(scores / ctx.softcap)

@@ -5,6 +5,7 @@ sequence must select the same keys and generate the same tokens exactly.
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 
 import loops
@@ -152,3 +153,18 @@ def by_position(log, sequence=0, padding=0):
                 row = (entry.mask[sequence, :, at, part], entry.scores[sequence, :, at, part])
                 table[entry.layer, position - padding] = row
     return table
+
+
+def operate(cache, operation, past):
+    """Run `operation` on a cache with side data; `past` it: on its tensors alone, without the cache's own methods."""
+    if not past:
+        operation(cache)
+        return
+    behind = copy.deepcopy(cache)
+    for layer in behind.layers:
+        layer.__dict__.pop("sah_state")
+        layer.__class__ = type(layer).__mro__[1]
+    operation(behind)
+    changed = [(layer.keys, layer.values) for layer in behind.layers]
+    for layer, (keys, values) in zip(cache.layers, changed, strict=True):
+        layer.keys, layer.values = keys, values

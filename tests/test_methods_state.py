@@ -10,7 +10,7 @@ import threading
 import method_files
 import pytest
 import torch
-from sparse_models import build, generate, left_padded, logits, prompt, sparse
+from sparse_models import build, generate, left_padded, logits, operate, prompt, sparse
 from transformers import DynamicCache, StaticCache
 
 from sah_transformers import MaskerRegistry, State, sparse_attention
@@ -248,17 +248,7 @@ def test_cache_operations(method, case, past):
     operation, on_ids = OPERATIONS[case]
     model, ids, cache = sparse(stack(method)), prompt(13, batch=3), DynamicCache()
     feed(model, ids, cache)
-    if past:
-        behind = copy.deepcopy(cache)
-        for layer in behind.layers:
-            layer.__dict__.pop("sah_state")
-            layer.__class__ = type(layer).__mro__[1]
-        operation(behind)
-        changed = [(layer.keys, layer.values) for layer in behind.layers]
-        for layer, (keys, values) in zip(cache.layers, changed, strict=True):
-            layer.keys, layer.values = keys, values
-    else:
-        operation(cache)
+    operate(cache, operation, past)
     kept = on_ids(ids)
     more = prompt(3, batch=kept.shape[0], seed=4)
     with watched(padding=[0] * kept.shape[0]):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from sparse_models import build, by_position, generate, left_padded, logits, prompt, selections, sparse
+from sparse_models import build, by_position, generate, left_padded, logits, operate, prompt, selections, sparse
 from transformers import DynamicCache, StaticCache
 
 import sah_transformers
@@ -241,17 +241,7 @@ def test_cache_operations(case, past):
     operation, on_ids = OPERATIONS[case]
     model, ids, cache = sparse(CONFIG), prompt(13, batch=3), DynamicCache()
     feed(model, ids, cache)
-    if past:
-        behind = copy.deepcopy(cache)
-        for layer in behind.layers:
-            layer.__dict__.pop("sah_state")
-            layer.__class__ = type(layer).__mro__[1]
-        operation(behind)
-        changed = [(layer.keys, layer.values) for layer in behind.layers]
-        for layer, (keys, values) in zip(cache.layers, changed, strict=True):
-            layer.keys, layer.values = keys, values
-    else:
-        operation(cache)
+    operate(cache, operation, past)
     kept = on_ids(ids)
     more = prompt(3, batch=kept.shape[0], seed=4)
     fresh = DynamicCache()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP
+from sah_transformers.cli.models import DEVICE_HELP, DTYPE_HELP, MODEL_HELP
 from sah_transformers.cli.prepared import TEXT_HELP
 from sah_transformers.cli.screen import errors_in_one_line
 
@@ -31,8 +31,8 @@ def double_sparsity(
     selection: Annotated[
         str, typer.Option(help="qk_proj, q_proj or k_proj: by mean |q k|, |q| or |k| of each channel.")
     ] = "qk_proj",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes cuda where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
 ) -> None:
     """Write the channel file that the masker double_sparsity reads: per layer and head, the most important first."""
     from sah_transformers.cli import prepared

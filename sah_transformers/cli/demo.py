@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP, SPARSE_HELP
+from sah_transformers.cli.models import DEVICE_HELP, MODEL_HELP, SPARSE_HELP
 
 TASK = (
     "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -28,7 +28,7 @@ def demo(
     sparse: Annotated[str, typer.Option(help=SPARSE_HELP)] = "oracle_top_k",
     tokens: Annotated[int, typer.Option(min=200, help="About this many tokens of text.")] = 2300,
     seed: Annotated[int, typer.Option(help="Which number is hidden.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes cuda where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
 ) -> None:
     """Hide a number in a long text and ask a real model for it, with dense and with sparse attention."""
     from transformers import DynamicCache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP, SPARSE_HELP
+from sah_transformers.cli.models import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, SPARSE_HELP
 from sah_transformers.cli.screen import errors_in_one_line
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ Json = Annotated[
     Path | None, typer.Option(help="Write the line of JSON to this file, with every prompt or piece in it.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw curves over --budgets here: .png, .pdf or .svg.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 
 app = typer.Typer(help="Measure what a stack keeps of a real model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -168,7 +168,7 @@ class _Bar:
         )
         self.live = console.is_terminal
         self.bar = Progress(*columns, console=console, transient=True, disable=not self.live)
-        self.items, self.steps, self.done = items, steps, 0
+        self.items, self.steps = items, steps
         self.task = self.bar.add_task("reading", total=items * steps)
 
     def __enter__(self) -> _Bar:

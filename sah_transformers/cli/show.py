@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP, SPARSE_HELP
+from sah_transformers.cli.models import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, SPARSE_HELP
 
 MOST_PIXELS = 1024
 """Longer masks are averaged down to about this many pixels a side."""
@@ -26,8 +26,8 @@ def show(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the text.")] = 16,
     out: Annotated[Path, typer.Option(help="The picture: .png, .pdf or .svg.")] = Path("mask.png"),
     chat: Annotated[bool, typer.Option("--chat/--raw", help="With the model's chat template or not.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes cuda where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
 ) -> None:
     """Draw one head's mask, and density, recall and output error by layer and step."""
     from sah_transformers.cli import models, run

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sah_transformers.cli.models import MODEL_HELP
+from sah_transformers.cli.models import DEVICE_HELP, DTYPE_HELP, MODEL_HELP
 from sah_transformers.cli.prepared import TEXT_HELP
 from sah_transformers.cli.screen import errors_in_one_line
 
@@ -50,8 +50,8 @@ def hash_attention(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and the order of the rows.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Start again, whatever the checkpoint holds.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes cuda where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
 ) -> None:
     """Train the weights that the masker hash_attention reads. Interrupted, the same command goes on where it was."""
     from sah_transformers.cli import prepared

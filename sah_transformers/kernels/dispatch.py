@@ -38,7 +38,7 @@ def fast_attention(call: Call) -> torch.Tensor | None:
     """
     if call.queries.shape[2] <= decode.MOST_QUERIES:
         return _attempt(call, "decode", decode.why_not, decode.decode_checked)
-    return _attempt(call, "prefill", prefill.why_not, prefill.prefill, _unproven(call))
+    return _attempt(call, "prefill", prefill.why_not, prefill.prefill, _unproven)
 
 
 def _unproven(call: Call) -> str:
@@ -52,7 +52,7 @@ def _unproven(call: Call) -> str:
 
 def fast_selection(call: Call) -> torch.Tensor | None:
     """The mask of a call by a Triton kernel, bool ``[B, H, Q, K]``, or None; otherwise as ``fast_attention``."""
-    return _attempt(call, "select", select.why_not, select.select_mask, UNPROVEN_SELECTION)
+    return _attempt(call, "select", select.why_not, select.select_mask, lambda _: UNPROVEN_SELECTION)
 
 
 def _attempt(
@@ -60,7 +60,7 @@ def _attempt(
     kernel: str,
     why_not: Callable[[Call], str],
     run: Callable[[Call], torch.Tensor],
-    unproven: str = "",
+    unproven: Callable[[Call], str] = lambda _: "",
 ) -> torch.Tensor | None:
     asked = call.kernel == "triton"
     if not asked and not (call.kernel == "auto" and call.queries.is_cuda):
@@ -68,8 +68,10 @@ def _attempt(
     reason = why_not(call)
     if asked and reason:
         raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
-    kind = _kind(call, kernel)
-    reason = reason or ("" if asked else unproven or _unbuildable.get(kind, ""))
+    if not asked:
+        reason = reason or unproven(call)
+        if not reason and _unbuildable:
+            reason = _unbuildable.get(_kind(call, kernel), "")
     if not reason:
         try:
             return run(call)
@@ -77,7 +79,7 @@ def _attempt(
             if asked or not _cannot_be_built(error):
                 raise
             reason = f"the kernel cannot be built here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            _unbuildable[kind] = reason
+            _unbuildable[_kind(call, kernel)] = reason
     if reason not in _said:
         _said.add(reason)
         logger.warning("kernel 'auto' takes the reference: %s", reason)
