@@ -51,18 +51,7 @@ def in_triton(message, kind=RuntimeError):
 def test_auto_takes_the_kernels_on_cuda():
     assert dispatch.fast_attention(call_of("auto")) == "decoded"
     assert dispatch.fast_attention(call_of("auto", queries=17)) == "prefilled"
-
-
-def test_auto_leaves_alone_what_no_gpu_has_tested(caplog):
-    top_p = {"type": "oracle_top_p", "top_p": 0.9}
-    for options in ({"padded": True}, {"more": [top_p]}):
-        with caplog.at_level(logging.WARNING):
-            assert dispatch.fast_attention(call_of("auto", queries=17, **options)) is None
-        assert "have not passed their GPU tests" in caplog.records[-1].getMessage()
-        assert dispatch.fast_attention(call_of("triton", queries=17, **options)) == "prefilled"
-        assert dispatch.fast_attention(call_of("auto", **options)) == "decoded"
-    assert dispatch.fast_selection(call_of("auto")) is None
-    assert dispatch.fast_selection(call_of("triton")) == "selected"
+    assert dispatch.fast_selection(call_of("auto")) == "selected"
 
 
 def test_reference_and_other_devices():
@@ -99,7 +88,6 @@ def test_a_kernel_that_cannot_be_built(monkeypatch, caplog):
 
 def test_a_mask_kernel_that_cannot_be_built(monkeypatch, caplog):
     """Longer rows need more registers: the shorter ones keep their kernel, and so does attention."""
-    monkeypatch.setattr(dispatch, "UNPROVEN_SELECTION", "")
     fail = in_triton("out of resource: threads")
     monkeypatch.setattr(select, "select_mask", lambda call: "selected" if call.keys.shape[2] < 1000 else fail(call))
     with caplog.at_level(logging.WARNING):

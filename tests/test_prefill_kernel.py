@@ -291,8 +291,7 @@ def small_parts(monkeypatch):
 
     monkeypatch.setattr(parts, "ALWAYS_LISTED", 32)
     monkeypatch.setattr(parts, "SAMPLE_STRIDE", 1)
-    monkeypatch.setattr(parts, "LEAST_SAMPLE", 128)
-    monkeypatch.setattr(parts, "LEAST_MASS_SAMPLE", 128)
+    monkeypatch.setattr(parts, "LEAST_SAMPLE", 64)
     monkeypatch.setattr(parts, "SCRATCH_BYTES", 2**15)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sah_transformers.kernels import decode, prefill, select
-from sah_transformers.selections import Mass
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -20,8 +19,6 @@ logger = logging.getLogger(__name__)
 FAULTS = ("illegal memory access", "misaligned address", "launch failure", "assert")
 """Errors of a running kernel: never taken for one that cannot be built."""
 
-UNPROVEN_SELECTION = "the kernel of add_mask has not passed its GPU tests yet"
-
 _said: set[str] = set()
 _unbuildable: dict[tuple[Any, ...], str] = {}
 
@@ -30,29 +27,19 @@ def fast_attention(call: Call) -> torch.Tensor | None:
     """Attention of all rows by a Triton kernel, ``[B, Q, H, Dv]``, or None where the reference has to do it.
 
     With ``"auto"`` a call on a CUDA device that no kernel takes, or whose kernel cannot be built there (an old GPU, too
-    little shared memory, no compiler), goes to the reference; the log names each reason once. So do calls of a kind
-    that has not been through the kernels' tests on a GPU; ``"triton"`` takes those too.
+    little shared memory, no compiler), goes to the reference; the log names each reason once.
 
     Raises:
         ValueError: for ``kernel="triton"``, with the reason why no kernel takes the call.
     """
     if call.queries.shape[2] <= decode.MOST_QUERIES:
         return _attempt(call, "decode", decode.why_not, decode.decode_checked)
-    return _attempt(call, "prefill", prefill.why_not, prefill.prefill, _unproven)
-
-
-def _unproven(call: Call) -> str:
-    """What of a prefill the kernels have not shown on a GPU in their present form."""
-    if call.visibility.mask is not None or call.visibility.valid is not None:
-        return "the prefill kernels have not passed their GPU tests with masks yet"
-    if any(isinstance(masker.describe(), Mass) for masker in call.maskers):
-        return "the prefill kernels have not passed their GPU tests with top-p yet"
-    return ""
+    return _attempt(call, "prefill", prefill.why_not, prefill.prefill)
 
 
 def fast_selection(call: Call) -> torch.Tensor | None:
     """The mask of a call by a Triton kernel, bool ``[B, H, Q, K]``, or None; otherwise as ``fast_attention``."""
-    return _attempt(call, "select", select.why_not, select.select_mask, lambda _: UNPROVEN_SELECTION)
+    return _attempt(call, "select", select.why_not, select.select_mask)
 
 
 def _attempt(
@@ -60,7 +47,6 @@ def _attempt(
     kernel: str,
     why_not: Callable[[Call], str],
     run: Callable[[Call], torch.Tensor],
-    unproven: Callable[[Call], str] = lambda _: "",
 ) -> torch.Tensor | None:
     asked = call.kernel == "triton"
     if not asked and not (call.kernel == "auto" and call.queries.is_cuda):
@@ -68,10 +54,8 @@ def _attempt(
     reason = why_not(call)
     if asked and reason:
         raise ValueError(f"kernel 'triton' cannot take this call: {reason}")
-    if not asked:
-        reason = reason or unproven(call)
-        if not reason and _unbuildable:
-            reason = _unbuildable.get(_kind(call, kernel), "")
+    if not asked and not reason and _unbuildable:
+        reason = _unbuildable.get(_kind(call, kernel), "")
     if not reason:
         try:
             return run(call)

@@ -176,6 +176,7 @@ def stream_kernel(
         cut = cut_of(o_e, R, cuts, bounds)
         p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BN], tl.float32)
+        b_zero = b_acc + (peak * 0.0)[:, None]  # not a constant: Triton would turn the sum of tiles into one chain
         for i_c in tl.range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, BN)), num_stages=STAGES):
             o_k = i_c * BN + tl.arange(0, BN)
             p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
@@ -186,7 +187,10 @@ def stream_kernel(
             o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
             keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)
             b_w = tl.where(m_taken, weight_of(b_s - peak[:, None], PRECISE), 0.0)
-            b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+            if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
+                b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
+            else:
+                b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
             b_total += b_w
         o_out = o_r.to(tl.int64) * splits + i_s
         tl.store(sums + o_out[:, None] * DV + o_d[None, :], b_acc, mask=m_m[:, None] & (o_d < DV)[None, :])

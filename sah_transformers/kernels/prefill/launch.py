@@ -25,6 +25,12 @@ from sah_transformers.selections import Mass
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
 
+FEW_PROGRAMS = 64
+"""So few programs of the last kernel wait for loads more than they compute: their tiles are narrow."""
+
+SELECT_WIDTH = 512
+"""Scores of a quarter row's list per warp of the kernels that find the cut in the lists."""
+
 
 def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torch.Tensor:
     """Attention ``[B, Q, H, Dv]`` of ``call``."""
@@ -35,6 +41,8 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
     block, step, warps, stages = tiles_for(queries.dtype, max(width, value_width), shared_of(queries.device)).attend
     out = queries.new_empty(batch, rows, heads, value_dim)
     tiles = triton.cdiv(rows, block)
+    if tiles * batch * heads <= FEW_PROGRAMS:
+        step = min(step, 32)
     cuts = needs = tied = out  # not read without a cut
     sight = Sight.of(call, stack, queries)
     if stack.scored is not None:
@@ -192,7 +200,7 @@ def find_cuts(
         lists: Any = (scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached)
         seen: Any = (sight.tensors[1], start, part.rows, heads, rows, total, sight.strides[2])
         options: Any = {
-            **flags, "BC": listed, "BRACKET": part.chunks > 0, "num_warps": min(8, max(1, listed // 256)),
+            **flags, "BC": listed, "BRACKET": part.chunks > 0, "num_warps": min(8, max(1, listed // SELECT_WIDTH)),
             "num_stages": 1, **FUSION,
         }  # fmt: skip
         if is_mass:
@@ -206,6 +214,8 @@ def find_cuts(
                 attend_tiles, TILE=attend_rows, **ranks, **options,
             )  # fmt: skip
         start += part.rows
+    if not is_mass and not any(part.chunks for part in split):  # all candidates were listed: no row can be left
+        return cuts, needs, tied
     block, step, warps, pivots = tiles.settle
     settle_kernel[(triton.cdiv(rows, block), batch * heads)](
         queries, keys, stats, cuts, needs, tied, waiting, queue, *sight.tensors, *where, *budget, attend_tiles,

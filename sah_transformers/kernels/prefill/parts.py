@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 2**30
 """Lists of scores held at once: queries are taken in tiles of about this many bytes."""
 
-DEVIATIONS = 4.0
-"""Half the bracket, in standard deviations of the rank that the sample estimates: 6 rows in 100,000 miss."""
+DEVIATIONS = 3.5
+"""Half the bracket, in standard deviations of the rank that the sample estimates: 5 rows in 10,000 miss."""
 
-MASS_DEVIATIONS = 3.5
+MASS_DEVIATIONS = 3.2
 """The same for a mass: its variance is estimated from above."""
 
 SAMPLE_STRIDE = 32
 """One key of this many is sampled."""
 
-LEAST_SAMPLE = 512
-"""Keys that are sampled at least, where a sample is that large for the dtype."""
+SAMPLE_SHARE = 8
+"""One key of this many is sampled of short rows, within the next limits; twice as many where a mass is sought."""
 
-LEAST_MASS_SAMPLE = 1024
-"""The same where a mass is sought."""
+LEAST_SAMPLE, ENOUGH_SAMPLE = 256, 1024
+"""A row that the bracket misses costs a program of its own that reads all keys: a larger sample is cheaper."""
 
-ALWAYS_LISTED = 1024
+ALWAYS_LISTED = 512
 """Rows with at most this many candidates list them all."""
 
 
@@ -88,7 +88,7 @@ class Part:
         if seen <= ALWAYS_LISTED:
             return cls(rows, 0, triton.cdiv(seen, 32) * 8 + 2 * slack, seen)
         sample = tiles.bracket[1]
-        least = LEAST_MASS_SAMPLE if isinstance(scored, Mass) else LEAST_SAMPLE
+        least = max(LEAST_SAMPLE, min(ENOUGH_SAMPLE, seen // SAMPLE_SHARE)) * (2 if isinstance(scored, Mass) else 1)
         chunks = max(1, least // sample, min(16, seen // (SAMPLE_STRIDE * sample)))
         if isinstance(scored, Mass):  # for normal scores
             inside = 2 * MASS_DEVIATIONS * math.sqrt((1.12 - scored.top_p) / (chunks * sample)) + 0.04

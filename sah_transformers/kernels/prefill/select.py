@@ -15,14 +15,24 @@ from sah_transformers.kernels.prefill.rows import (
 
 
 @triton.jit
+def listed_scores(p_list, p_count, BC: tl.constexpr):
+    """(scores ``[BC // 4, 4, 4]``, which of them there are) of a row's four lists: groups of four, quarter, score."""
+    o_g = tl.arange(0, BC // 4)[:, None, None]
+    o_l = tl.arange(0, 4)[None, :, None]
+    o_i = tl.arange(0, 4)[None, None, :]
+    m_x = o_g * 4 + o_i < tl.load(p_count + o_l)
+    return tl.load(p_list + o_g * 16 + o_l * 4 + o_i, mask=m_x, other=float("-inf")), m_x
+
+
+@triton.jit
 def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
-    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots."""
-    o_i = tl.arange(0, BC * 4)
-    m_i = o_i // 16 * 4 + o_i % 4 < tl.load(p_count + o_i // 4 % 4)
-    b_x = ordered(tl.load(p_list + o_i, mask=m_i, other=0.0))
-    low = tl.min(tl.where(m_i, b_x, 2147483647), 0).to(tl.int64)
-    b_x = tl.where(m_i, b_x, -2147483648)
-    high = tl.max(b_x, 0).to(tl.int64) + 1
+    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots.
+
+    Pivots are integers in the order of the scores, so that the search ends; the scores themselves stay floats.
+    """
+    b_x, m_x = listed_scores(p_list, p_count, BC)
+    low = ordered(tl.min(tl.where(m_x, b_x, float("inf")))).to(tl.int64)
+    high = ordered(tl.max(b_x)).to(tl.int64) + 1
     at_low, at_high = inside, inside * 0  # at or above low: enough; at or above high: too few
     aside = 0.0
     step = 0
@@ -32,7 +42,7 @@ def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
         share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
         middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        count = tl.sum((b_x >= middle.to(tl.int32)).to(tl.int32), 0)
+        count = tl.sum((b_x >= restored(middle.to(tl.int32))).to(tl.float32)).to(tl.int32)
         enough = count >= wanted
         low = tl.where(enough, middle, low)
         at_low = tl.where(enough, count, at_low)
@@ -81,7 +91,9 @@ def select_kernel(
         known = (wanted > 0) & (wanted <= inside)
         short = tl.min(b_count, 0) < 0
         if known & (short == 0):
-            if tl.max(b_count, 0) <= BC // 2:
+            if tl.max(b_count, 0) <= BC // 4:
+                cut, need = search(p_list, p_count, inside, wanted, BC // 4)
+            elif tl.max(b_count, 0) <= BC // 2:
                 cut, need = search(p_list, p_count, inside, wanted, BC // 2)
             else:
                 cut, need = search(p_list, p_count, inside, wanted, BC)

@@ -13,6 +13,7 @@ from sah_transformers.kernels.prefill.rows import (
     restored,
     visible_keys,
 )
+from sah_transformers.kernels.prefill.select import listed_scores
 
 FIXED = tl.constexpr(30)
 """Bits of a mass at the upper end of the bracket: sums of integers do not depend on their order."""
@@ -24,18 +25,15 @@ COUNT_BITS = tl.constexpr(16)
 @triton.jit
 def search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC: tl.constexpr, SOFTCAP: tl.constexpr):
     """(known, cut): the highest score of a row's lists at or above which they hold the mass ``wanted``."""
-    o_i = tl.arange(0, BC * 4)
-    m_i = o_i // 16 * 4 + o_i % 4 < tl.load(p_count + o_i // 4 % 4)
-    b_s = tl.load(p_list + o_i, mask=m_i, other=0.0)
-    b_x = tl.where(m_i, ordered(b_s), -2147483648)
+    b_x, m_x = listed_scores(p_list, p_count, BC)
     top = tl.minimum(logits(high, scale, softcap, SOFTCAP) - peak, 0.0)
     unit = tl.exp2(tl.ceil(tl.maximum(top, -90.0)) * -1.0 + FIXED)
-    b_w = ((masses(b_s, peak, scale, softcap, SOFTCAP) * unit + 0.5).to(tl.int64) << COUNT_BITS) + 1
-    b_w = tl.where(m_i, b_w, 0)
+    b_w = ((masses(b_x, peak, scale, softcap, SOFTCAP) * unit + 0.5).to(tl.int64) << COUNT_BITS) + 1
+    b_w = tl.where(m_x, b_w, 0)
     want = tl.ceil(tl.minimum(wanted * unit.to(tl.float64), 1.0e18)).to(tl.int64)
-    below = tl.min(tl.where(m_i, b_x, 2147483647), 0).to(tl.int64)  # at or above it: enough
-    above = tl.max(b_x, 0).to(tl.int64) + 1  # at or above it: too little
-    at_below = tl.sum(b_w, 0)
+    below = ordered(tl.min(tl.where(m_x, b_x, float("inf")))).to(tl.int64)  # at or above it: enough
+    above = ordered(tl.max(b_x)).to(tl.int64) + 1  # at or above it: too little
+    at_below = tl.sum(b_w)
     at_above = at_below * 0
     known = (at_below >> COUNT_BITS) >= want
     aside = 0.0
@@ -47,7 +45,7 @@ def search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC: tl.cons
         share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
         middle = below + ((above - below).to(tl.float32) * share).to(tl.int64)
         middle = tl.minimum(tl.maximum(middle, below + 1), above - 1)
-        held = tl.sum(tl.where(b_x >= middle.to(tl.int32), b_w, 0), 0)
+        held = tl.sum(tl.where(b_x >= restored(middle.to(tl.int32)), b_w, 0))
         enough = (held >> COUNT_BITS) >= want
         below = tl.where(enough, middle, below)
         at_below = tl.where(enough, held, at_below)
@@ -55,8 +53,7 @@ def search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC: tl.cons
         at_above = tl.where(enough, at_above, held)
         aside = tl.where(enough, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
         step += 1
-    cut = tl.min(tl.where(b_x >= below.to(tl.int32), b_x, 2147483647), 0)
-    return known, restored(cut)
+    return known, tl.min(tl.where(b_x >= restored(below.to(tl.int32)), b_x, float("inf")))
 
 
 @triton.jit
@@ -98,7 +95,9 @@ def select_mass_kernel(
         known = (wanted > 0) & (low == high)  # all of the bracket are equal
         known = known & (tl.sum(tl.abs(b_count), 0) * masses(low, peak, scale, softcap, SOFTCAP) >= wanted)
         if (wanted > 0) & (tl.min(b_count, 0) >= 0) & (tl.max(b_count, 0) > 0):
-            if tl.max(b_count, 0) <= BC // 2:
+            if tl.max(b_count, 0) <= BC // 4:
+                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 4, SOFTCAP)
+            elif tl.max(b_count, 0) <= BC // 2:
                 known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 2, SOFTCAP)
             else:
                 known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC, SOFTCAP)
