@@ -16,12 +16,12 @@ class Cuda(torch.Tensor):
     is_cuda = True
 
 
-def call_of(kernel, queries=1, cuda=True, keys=40, more=(), padded=False):
+def call_of(kernel, queries=1, cuda=True, keys=40):
     def tensor(*shape):
         return torch.zeros(shape).as_subclass(Cuda) if cuda else torch.zeros(shape)
 
-    stack = [MaskerRegistry.create_masker(config) for config in ({"type": "sink", "sink_size": 4}, *more)]
-    visibility = SimpleNamespace(mask=None, valid=torch.ones(1, keys) if padded else None)
+    stack = [MaskerRegistry.create_masker(config) for config in ({"type": "sink", "sink_size": 4},)]
+    visibility = SimpleNamespace(mask=None, valid=None)
     return SimpleNamespace(
         kernel=kernel, visibility=visibility, queries=tensor(1, 4, queries, 16), keys=tensor(1, 2, keys, 16),
         values=tensor(1, 2, keys, 16), maskers=stack,
