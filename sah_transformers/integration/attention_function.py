@@ -11,10 +11,13 @@ from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
+from sah_transformers.integration.operator import TENSORS, attention_operator, takes
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
 
 logger = logging.get_logger(__name__)
+
+BEYOND_SDPA = ("softcap", "sinks", "position_bias", "indices")
 
 LONG_PREFILL = 16_384
 """A sparse prefill of more keys than this, on a path without a kernel, is announced with an estimate."""
@@ -98,8 +101,16 @@ def sah_attention(
         "dropout": dropout if module.training else 0.0,
     }
     recorder = module.__dict__.get("_sah_recorder")
-    if is_causal is False or (plan.dense and recorder is None):
+    if is_causal is False or (plan.dense and recorder is None and not torch.compiler.is_compiling()):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
+    if torch.compiler.is_compiling() and recorder is None and not output_attentions:
+        if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
+            return attend_dense(query, key, value, arguments, False)
+        if takes(plan, query, key, value, arguments):
+            tensors = [arguments[name] for name in TENSORS]
+            numbers = (arguments["is_causal"], arguments["scaling"], softcap, plan.number)
+            at = (module.layer_idx, first_head(module, query.shape[1]))
+            return attention_operator(query, key, value, *tensors, *numbers, *at), None
     try:
         return attend_planned(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
@@ -111,10 +122,9 @@ def attend_dense(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any], weights: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention, by SDPA where that is exact."""
-    beyond = ("softcap", "sinks", "position_bias", "indices")
-    if weights or any(arguments[name] is not None for name in beyond):
+    if weights or any(arguments[name] is not None for name in BEYOND_SDPA):
         return run(make_call(query, key, value, [], **arguments), return_weights=weights)
-    plain = {name: value for name, value in arguments.items() if name not in beyond}
+    plain = {name: value for name, value in arguments.items() if name not in BEYOND_SDPA}
     return dense_attention(query, key, value, **plain), None
 
 
@@ -135,17 +145,16 @@ def attend_planned(
     rows = query.shape[2]
     layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
     static = layer is not None and is_static(layer)
-    stateful = any(masker.needs_state for masker in plan.maskers)
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    if layer is not None and static and (stateful or prompt or key.device.type == "cpu"):
+    if layer is not None and static and (plan.stateful or prompt or key.device.type == "cpu"):
         filled = int(layer.cumulative_length)
         key, value = key[:, :, :filled], value[:, :, :filled]
         if arguments["attention_mask"] is not None:
             arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
         static = False
     empty_before = not static and key.shape[2] == rows
-    stack = () if plan.dense else plan.stack(empty_before, rows)
-    if not stack or key.shape[2] < plan.min_keys:
+    stack = plan.stack_of(empty_before, rows, key.shape[2])
+    if not stack:
         if recorder is None:
             return attend_dense(query, key, value, arguments, weights)
 
@@ -181,6 +190,13 @@ def attend_planned(
 
 def first_head(module: Any, heads: int) -> int:
     """The global number of the first of a module's ``heads`` local query heads: not 0 on a tensor-parallel shard."""
+    known = module.__dict__.get("_sah_first_head")
+    if known is None or known[0] != heads:
+        known = module.__dict__["_sah_first_head"] = (heads, _first_head(module, heads))
+    return known[1]
+
+
+def _first_head(module: Any, heads: int) -> int:
     total = getattr(module.config, "num_attention_heads", None)
     if not isinstance(total, int) or heads >= total:
         return 0
