@@ -101,18 +101,20 @@ def sah_attention(
         "dropout": dropout if module.training else 0.0,
     }
     recorder = module.__dict__.get("_sah_recorder")
-    if is_causal is False or (plan.dense and recorder is None and not torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if is_causal is False or (plan.dense and recorder is None and not compiling):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
-    if torch.compiler.is_compiling() and recorder is None and not output_attentions:
+    if compiling and recorder is None and not output_attentions:
         if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
             return attend_dense(query, key, value, arguments, False)
         if takes(plan, query, key, value, arguments):
             tensors = [arguments[name] for name in TENSORS]
             numbers = (arguments["is_causal"], arguments["scaling"], softcap, plan.number)
-            at = (module.layer_idx, first_head(module, query.shape[1]))
+            at = (module.layer_idx, first_head(module, plan, query.shape[1]))
             return attention_operator(query, key, value, *tensors, *numbers, *at), None
+    attend = attend_uncompiled if compiling else attend_planned
     try:
-        return attend_planned(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
+        return attend(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
         undo(sah_cache, module.layer_idx, query.shape[2])
         raise
@@ -128,7 +130,6 @@ def attend_dense(
     return dense_attention(query, key, value, **plain), None
 
 
-@torch.compiler.disable(recursive=True)
 def attend_planned(
     module: Any,
     plan: LayerPlan,
@@ -141,7 +142,6 @@ def attend_planned(
     recorder: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a layer whose plan is not simply dense."""
-    check_shapes(query, key, value)
     rows = query.shape[2]
     layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
     static = layer is not None and is_static(layer)
@@ -155,6 +155,7 @@ def attend_planned(
     empty_before = not static and key.shape[2] == rows
     stack = plan.stack_of(empty_before, rows, key.shape[2])
     if not stack:
+        check_shapes(query, key, value)
         if recorder is None:
             return attend_dense(query, key, value, arguments, weights)
 
@@ -163,8 +164,8 @@ def attend_planned(
 
         return recorder.dense(module.layer_idx, rows, key.shape[2], attend)
     state = None
-    if layer is not None and not getattr(layer, "is_sliding", False) and any(m.needs_state for m in stack):
-        state = state_of(layer)
+    if plan.stateful and layer is not None and not getattr(layer, "is_sliding", False):
+        state = state_of(layer) if any(masker.needs_state for masker in stack) else None
 
     def call() -> Call:
         return make_call(
@@ -173,7 +174,7 @@ def attend_planned(
             value,
             stack,
             layer_idx=module.layer_idx,
-            head_offset=first_head(module, query.shape[1]),
+            head_offset=first_head(module, plan, query.shape[1]),
             min_keys=plan.min_keys,
             layer_state=state,
             kernel=plan.kernel,
@@ -188,12 +189,15 @@ def attend_planned(
     return run(call(), return_weights=weights)
 
 
-def first_head(module: Any, heads: int) -> int:
+attend_uncompiled = torch.compiler.disable(attend_planned, recursive=True)
+"""Where compiled code meets what the operator does not cover, the graph breaks."""
+
+
+def first_head(module: Any, plan: LayerPlan, heads: int) -> int:
     """The global number of the first of a module's ``heads`` local query heads: not 0 on a tensor-parallel shard."""
-    known = module.__dict__.get("_sah_first_head")
-    if known is None or known[0] != heads:
-        known = module.__dict__["_sah_first_head"] = (heads, _first_head(module, heads))
-    return known[1]
+    if heads not in plan.first_heads:
+        plan.first_heads[heads] = _first_head(module, heads)
+    return plan.first_heads[heads]
 
 
 def _first_head(module: Any, heads: int) -> int:

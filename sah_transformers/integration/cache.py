@@ -22,10 +22,20 @@ class Room:
     Attributes:
         buffer: the tensor; rows behind ``written`` are uninitialised.
         written: rows that were ever written, hence may be seen through a view.
+        view: the last view given out.
     """
 
     def __init__(self, buffer: torch.Tensor, written: int):
         self.buffer, self.written = buffer, written
+        self.target = buffer.data  # rows that no view shows are no change to tensors that autograd has saved
+        self.kind = (buffer.shape[0], buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
+        self.view: torch.Tensor | None = None
+
+    def __getstate__(self) -> tuple[torch.Tensor, int]:
+        return self.buffer, self.written
+
+    def __setstate__(self, state: tuple[torch.Tensor, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     @classmethod
     def of(cls, held: torch.Tensor, new: int, most: int | None) -> Room:
@@ -41,14 +51,10 @@ class Room:
 
     def holds(self, held: torch.Tensor) -> bool:
         """Whether ``held`` is a view of the first rows."""
-        buffer = self.buffer
-        return (
-            held.data_ptr() == buffer.data_ptr()
-            and held.stride() == buffer.stride()
-            and held.shape[:2] == buffer.shape[:2]
-            and held.shape[3] == buffer.shape[3]
-            and held.dtype == buffer.dtype
-        )
+        if held is self.view:
+            return True
+        same = held.data_ptr() == self.buffer.data_ptr() and held.stride() == self.buffer.stride()
+        return same and kind_of(held) == self.kind
 
     def takes(self, length: int, new: int) -> bool:
         """Whether ``new`` rows can be written behind the first ``length`` without anybody noticing.
@@ -59,15 +65,24 @@ class Room:
             return False
         if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        return length >= self.written or viewers(self.buffer) == 2
+        if length >= self.written:
+            return True
+        self.view = None
+        return viewers(self.buffer) == 3  # the buffer, the target, what the layer holds
 
     def append(self, length: int, new: torch.Tensor) -> torch.Tensor:
         """Write ``new`` behind the first ``length`` rows; the view of all of them."""
-        total = length + new.shape[2]
-        # `.data`: rows that no view shows are no change to tensors that autograd has saved
-        self.buffer.data[:, :, length:total].copy_(new)
-        self.written = max(self.written, total)
-        return self.buffer[:, :, :total]
+        added = new.shape[2]
+        self.target.narrow(2, length, added).copy_(new)
+        self.written = max(self.written, length + added)
+        self.view = self.buffer.narrow(2, 0, length + added)
+        return self.view
+
+
+def kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What rows must have in common to lie in one buffer ``[B, G, K, D]``."""
+    batch, groups, _, dim = tensor.shape
+    return batch, groups, dim, tensor.dtype, tensor.device
 
 
 def viewers(tensor: torch.Tensor) -> int:
@@ -90,15 +105,18 @@ def appended(
 
     What needs gradients or does not fit together is concatenated (or refused) as PyTorch does it.
     """
-    empty = held.new_empty((*new.shape[:2], 0, new.shape[3])) if held.numel() == 0 and new.dim() == 4 else held
     differentiable = torch.is_grad_enabled() and (new.requires_grad or held.requires_grad)
-    if differentiable or (*empty.shape[:2], *empty.shape[3:], held.dtype, held.device) != (
-        *new.shape[:2], *new.shape[3:], new.dtype, new.device
-    ):  # fmt: skip
+    if differentiable or new.dim() != 4:
         return torch.cat([held, new], dim=-2), None
-    length = empty.shape[2]
-    if room is None or not room.holds(held) or not room.takes(length, new.shape[2]):
-        room = Room.of(empty, new.shape[2], most)
+    if held.numel() == 0:
+        held = new.new_empty((*new.shape[:2], 0, new.shape[3]), dtype=held.dtype, device=held.device)
+    if room is None or not room.holds(held):
+        room = None
+    if kind_of(new) != (kind_of(held) if room is None else room.kind):
+        return torch.cat([held, new], dim=-2), None
+    length = held.shape[2]
+    if room is None or not room.takes(length, new.shape[2]):
+        room = Room.of(held, new.shape[2], most)
     return room.append(length, new), room
 
 
@@ -174,7 +192,7 @@ def _mapped(
         return operation(held), None
     length = held.shape[2]
     room = Room(operation(room.buffer), length)
-    return room.buffer[:, :, :length], room
+    return room.buffer.narrow(2, 0, length), room
 
 
 class AppendingCache(DynamicCache):

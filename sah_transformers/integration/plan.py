@@ -24,6 +24,7 @@ class LayerPlan:
         dense: why the layer stays dense; empty for a sparse layer.
         number: stands for this object, and no other of this process, in compiled code.
         stateful: whether a masker of the layer keeps side data.
+        first_heads: the global number of the first of so many local query heads, found once.
     """
 
     source: Any
@@ -35,14 +36,15 @@ class LayerPlan:
     dense: str = ""
     number: int = field(init=False, compare=False)
     stateful: bool = field(init=False, compare=False)
+    first_heads: dict[int, int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         prompt = () if isinstance(self.prefill, str) else self.prefill
         self.__setstate__({"stateful": any(masker.needs_state for masker in (*self.maskers, *prompt))})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, and what comes out of a file, gets a number of its own."""
-        self.__dict__.update(state, number=next(_numbers))
+        """A copy, and what comes out of a file, gets a number of its own, and may be on another rank."""
+        self.__dict__.update(state, number=next(_numbers), first_heads={})
         _plans[self.number] = self
 
     def stack(self, empty_before: bool, queries: int) -> Sequence[Masker]:
