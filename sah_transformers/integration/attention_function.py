@@ -10,7 +10,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
-from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
+from sah_transformers.integration.cache_state import cache_layer, filled, is_static, state_of, undo
 from sah_transformers.integration.operator import TENSORS, attention_operator, takes
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
@@ -28,12 +28,13 @@ def sah_mask(
 ) -> Any:
     """The mask that ``sah_attention`` gets: boolean, or None only where plain causal order is meant.
 
-    Transformers would also skip the mask of a static cache's prefill, where None means upper-left order.
+    None also stands for a prompt in an empty static cache, whose tail is not filled: a mask of a long one would not
+    fit into memory. ``sah_attention`` leaves the tail out; then the order is lower-right there too.
     """
     model_type = getattr(config, "model_type", None)
     if model_type == "deepseek_v4":  # adds float biases to the mask
         return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
-    if q_length not in (1, kv_length) or model_type == "doge":  # Doge adds its own mask to a None
+    if model_type == "doge" and q_length not in (1, kv_length):  # adds its own mask to a None
         allow_is_causal_skip = False
     return sdpa_mask(
         q_length=q_length,
@@ -102,9 +103,13 @@ def sah_attention(
     }
     recorder = module.__dict__.get("_sah_recorder")
     compiling = torch.compiler.is_compiling()
+    ordered = arguments["is_causal"] and 1 < query.shape[2] < key.shape[2]  # maybe over a static cache's empty tail
     if is_causal is False or (plan.dense and recorder is None and not compiling):
+        if ordered:
+            length = filled(cache_layer(sah_cache, getattr(module, "layer_idx", None), key), key)
+            key, value = key[:, :, :length], value[:, :, :length]
         return attend_dense(query, key, value, arguments, bool(output_attentions))
-    if compiling and recorder is None and not output_attentions:
+    if compiling and recorder is None and not output_attentions and not ordered:
         if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
             return attend_dense(query, key, value, arguments, False)
         if takes(plan, query, key, value, arguments):
@@ -146,11 +151,12 @@ def attend_planned(
     layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
     static = layer is not None and is_static(layer)
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    if layer is not None and static and (plan.stateful or prompt or key.device.type == "cpu"):
-        filled = int(layer.cumulative_length)
-        key, value = key[:, :, :filled], value[:, :, :filled]
+    ordered = arguments["is_causal"] and rows > 1
+    if layer is not None and static and (plan.stateful or prompt or ordered or key.device.type == "cpu"):
+        length = filled(layer, key)
+        key, value = key[:, :, :length], value[:, :, :length]
         if arguments["attention_mask"] is not None:
-            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
+            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :length]}
         static = False
     empty_before = not static and key.shape[2] == rows
     stack = plan.stack_of(empty_before, rows, key.shape[2])
