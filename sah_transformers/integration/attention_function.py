@@ -10,7 +10,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
-from sah_transformers.integration.cache_state import cache_layer, filled, is_static, state_of, undo
+from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
 from sah_transformers.integration.operator import TENSORS, attention_operator, takes
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
@@ -28,21 +28,24 @@ def sah_mask(
 ) -> Any:
     """The mask that ``sah_attention`` gets: boolean, or None only where plain causal order is meant.
 
-    None also stands for a prompt in an empty static cache, whose tail is not filled: a mask of a long one would not
-    fit into memory. ``sah_attention`` leaves the tail out; then the order is lower-right there too.
+    A prompt of n tokens in an empty static cache gets ``[1, 1, 1, n]``: causal order within the first n keys, the rest
+    being the buffer's empty tail. A whole mask of a long prompt would not fit into memory.
     """
     model_type = getattr(config, "model_type", None)
     if model_type == "deepseek_v4":  # adds float biases to the mask
         return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
     if model_type == "doge" and q_length not in (1, kv_length):  # adds its own mask to a None
         allow_is_causal_skip = False
-    return sdpa_mask(
+    mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
         allow_is_causal_skip=allow_is_causal_skip,
         config=config,
         **kwargs,
     )
+    if mask is None and q_length not in (1, kv_length):
+        return torch.ones(1, 1, 1, q_length, dtype=torch.bool, device=kwargs.get("device"))
+    return mask
 
 
 def sah_attention(
@@ -87,6 +90,10 @@ def sah_attention(
         raise ValueError("continuous batching (a paged cache) is not supported by the attention 'sah'")
     plan = plan_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    held, prompt = key, _prompt(attention_mask, key)
+    if prompt is not None:
+        key, value, attention_mask = key[:, :, :prompt], value[:, :, :prompt], None
+        position_bias = None if position_bias is None else position_bias[..., :prompt]
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
@@ -103,13 +110,9 @@ def sah_attention(
     }
     recorder = module.__dict__.get("_sah_recorder")
     compiling = torch.compiler.is_compiling()
-    ordered = arguments["is_causal"] and 1 < query.shape[2] < key.shape[2]  # maybe over a static cache's empty tail
     if is_causal is False or (plan.dense and recorder is None and not compiling):
-        if ordered:
-            length = filled(cache_layer(sah_cache, getattr(module, "layer_idx", None), key), key)
-            key, value = key[:, :, :length], value[:, :, :length]
         return attend_dense(query, key, value, arguments, bool(output_attentions))
-    if compiling and recorder is None and not output_attentions and not ordered:
+    if compiling and recorder is None and not output_attentions:
         if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
             return attend_dense(query, key, value, arguments, False)
         if takes(plan, query, key, value, arguments):
@@ -119,10 +122,17 @@ def sah_attention(
             return attention_operator(query, key, value, *tensors, *numbers, *at), None
     attend = attend_uncompiled if compiling else attend_planned
     try:
-        return attend(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
+        return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
         undo(sah_cache, module.layer_idx, query.shape[2])
         raise
+
+
+def _prompt(mask: torch.Tensor | None, key: torch.Tensor) -> int | None:
+    """The number of keys that ``sah_mask`` says are a prompt's, where the others are a static cache's empty tail."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, 1):
+        return None
+    return mask.shape[3] if mask.shape[3] < key.shape[2] else None
 
 
 def attend_dense(
@@ -141,22 +151,22 @@ def attend_planned(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    held: torch.Tensor,
     arguments: dict[str, Any],
     cache: Any,
     weights: bool,
     recorder: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a layer whose plan is not simply dense."""
+    """Attention of a layer whose plan is not simply dense; ``held``: the keys as the cache gave them."""
     rows = query.shape[2]
-    layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
-    static = layer is not None and is_static(layer)
+    layer = cache_layer(cache, getattr(module, "layer_idx", None), held)
+    static = layer is not None and is_static(layer) and key is held
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    ordered = arguments["is_causal"] and rows > 1
-    if layer is not None and static and (plan.stateful or prompt or ordered or key.device.type == "cpu"):
-        length = filled(layer, key)
-        key, value = key[:, :, :length], value[:, :, :length]
+    if layer is not None and static and (plan.stateful or prompt or key.device.type == "cpu"):
+        filled = int(layer.cumulative_length)
+        key, value = key[:, :, :filled], value[:, :, :filled]
         if arguments["attention_mask"] is not None:
-            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :length]}
+            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
         static = False
     empty_before = not static and key.shape[2] == rows
     stack = plan.stack_of(empty_before, rows, key.shape[2])

@@ -112,11 +112,6 @@ def is_static(layer: Any) -> bool:
     return getattr(layer, "max_cache_len", None) is not None and not getattr(layer, "is_sliding", False)
 
 
-def filled(layer: Any, keys: torch.Tensor) -> int:
-    """How many of ``keys`` are filled, where they are a static layer's whole buffer; asks the device there."""
-    return int(layer.cumulative_length) if layer is not None and is_static(layer) else keys.shape[2]
-
-
 def remember(cache: Any, layer_idx: Any, new: int) -> None:
     """Before a layer's update by ``new`` keys: hold on to what a rolling layer is about to drop."""
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
