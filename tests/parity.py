@@ -2,10 +2,10 @@
 
 `outputs(model)` runs a model in every mode a user meets: plain and left-padded forward, a prompt in two
 chunks, greedy generation with a dynamic and a static cache (the latter also without padding), beam search.
-`differences(expected, actual)` compares two such runs. What eager itself cannot do (a static cache in some hybrids) is recorded as its
-exception and left out; what only sah cannot do is a difference. `verify(name)` does this for one class and
-every configuration that means dense attention; the tests assert its verdict and `make_model_table.py`
-prints it.
+`differences(expected, actual)` compares two such runs. What eager itself cannot do (a static cache in some
+hybrids) is recorded as its exception and left out; what only sah cannot do is a difference. `verify(name)` does
+this for one class and every configuration that means dense attention; the tests assert its verdict and
+`make_model_table.py` prints it.
 
 `using(model, attention)` runs a model on any attention function: `dense_attention`, written from
 Transformers' contract alone, and the mutants below it, which the harness must notice.
