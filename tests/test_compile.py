@@ -146,6 +146,20 @@ def test_only_what_the_kernels_take_is_captured(stack, captured, monkeypatch):
     assert bool(counters["graph_break"]) is not captured
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_longer_and_longer_caches(capturing, monkeypatch):
+    """From the second length on PyTorch takes it for a variable: one more graph, and no other."""
+    if capturing:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(operator, "CAPTURING", ("cpu",))
+    model = sparse(STACK, dtype=torch.float32)
+    for length in (13, 20, 30, 50):
+        ids = prompt(length)
+        assert torch.equal(generate(model, ids, **compiled()), eager(model, ids, torch.ones_like(ids)))
+    assert graphs() == 2
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("chunk", [4, 70])
 def test_side_data_and_unknown_prompts_leave_the_graph(chunk):
     """Quest's pages are appended by the host; whether a chunk of a few rows is a prompt, the host has to look up."""

@@ -102,15 +102,35 @@ def takes(plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.
         return False
     if query.device.type not in CAPTURING:
         return True
-    described = [None if t is None else ([int(n) for n in t.shape], t.dtype, str(t.device)) for t in given]
-    return _captured(plan.number, described, arguments["is_causal"], arguments["scaling"], arguments["softcap"])
+    batch, heads, _, dim = query.shape
+    keys, mask, sinks = key.shape[2], arguments["attention_mask"], arguments["sinks"]
+    many = (
+        rows > decode.MOST_QUERIES or keys > decode.MOST_KEYS or 4 * batch * heads * rows * keys > decode.MOST_SCRATCH
+    )
+    if many or arguments["position_bias"] is not None or arguments["indices"] is not None:
+        return False
+    if mask is None and keys - rows + 1 < plan.min_keys:
+        return False
+    kind = (heads, key.shape[1], dim, value.shape[3], query.dtype, key.dtype, value.dtype, str(query.device))
+    seen = None if mask is None else (mask.dtype, mask.shape[1] == 1)
+    sunk = None if sinks is None else (sinks.dtype, sinks.dim())
+    return _captured(plan.number, kind, rows > 1, seen, sunk, arguments["is_causal"], arguments["softcap"])
 
 
 @torch.compiler.assume_constant_result
-def _captured(plan: int, described: list[Any], is_causal: bool, scaling: float, softcap: float | None) -> bool:
-    """Whether the decode kernels, which never wait for the device, take a call with tensors of these kinds."""
-    with FakeTensorMode():
-        tensors = [None if d is None else torch.empty(d[0], dtype=d[1], device=d[2]) for d in described]
-        arguments: Any = (*tensors, is_causal, scaling, softcap, plan, 0, 0)
+def _captured(
+    plan: int, kind: tuple[Any, ...], several: bool, mask: Any, sinks: Any, is_causal: bool, softcap: float | None
+) -> bool:
+    """Whether the decode kernels, which never wait for the device, take calls of a kind, whatever B, Q and K."""
+    heads, groups, dim, value_dim, *dtypes, device = kind
+    rows, keys = (decode.MOST_QUERIES if several else 1), 2**14 + plan_number(plan).min_keys
+    shapes = ((1, heads, rows, dim), (1, groups, keys, dim), (1, groups, keys, value_dim))
+    with FakeTensorMode(), torch.device(device):
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        if mask is not None:
+            mask = torch.empty(1, 1 if mask[1] else heads, rows, keys, dtype=mask[0])
+        if sinks is not None:
+            sinks = torch.empty([heads] if sinks[1] == 1 else [1, heads, 1, 1], dtype=sinks[0])
+        arguments: Any = (*tensors, mask, sinks, None, None, is_causal, dim**-0.5, softcap, plan, 0, 0)
         call = _call(*arguments)
         return call.kernel != "reference" and not decode.why_not(call)
