@@ -68,7 +68,7 @@ def test_wrong_attention_is_not_timed(monkeypatch):
     assert result.status == "FAILED"
     assert not result.steps
     with pytest.raises(check.CheckFailed):
-        step.steps_of(tiny(), "cpu", "auto")
+        step.check_step(tiny(), "cpu", "auto")
 
 
 def test_a_way_that_fails_leaves_the_others(monkeypatch):

@@ -185,8 +185,9 @@ def _host(result: Result, setup: Setup) -> None:
 
 def _step(result: Result, setup: Setup) -> None:
     """``ours`` is the faster of the sparse ways; what it is held against, the faster of the dense ones."""
-    from sah_transformers.bench.step import WAYS, steps_of
+    from sah_transformers.bench.step import WAYS, check_step, steps_of
 
+    result.checked = check_step(result.case, setup.device, setup.kernel)
     result.steps = steps_of(result.case, setup.device, setup.kernel)
     done = {way: result.steps[way.name] for way in WAYS if not result.steps[way.name].error}
     ours = min((step for way, step in done.items() if way.sparse), key=lambda step: step.wall_ms, default=None)

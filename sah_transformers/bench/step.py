@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.generation import CompileConfig
 
 import sah_transformers
-from sah_transformers.bench.check import CheckFailed
+from sah_transformers.bench.check import Checked, CheckFailed
 from sah_transformers.bench.suites import Case
 from sah_transformers.integration.cache import AppendingCache
 
@@ -110,16 +110,15 @@ def model_of(
     return model.eval()
 
 
-def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
-    """Every way's step, by name; sparse ones are checked first.
-
-    Raises:
-        CheckFailed: when the sparse attention over all keys is not the dense one.
-    """
+def _model(case: Case, device: str) -> Any:
     sizes = (case.layers, case.H * case.D, case.intermediate, case.vocab)
-    model = model_of(*sizes, case.H, case.G, case.D, case.dtype, device)  # type: ignore[arg-type]
+    return model_of(*sizes, case.H, case.G, case.D, case.dtype, device)  # type: ignore[arg-type]
+
+
+def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
+    """Every way's step, by name."""
+    model = _model(case, device)
     maskers = tuple(case.maskers)
-    _check(case, model, kernel)
     steps = {}
     for way in WAYS:
         if way.sparse:
@@ -261,12 +260,13 @@ def part_of(name: str) -> str:
 
 
 @torch.no_grad()
-def _check(case: Case, model: Any, kernel: str) -> None:
+def check_step(case: Case, device: str, kernel: str) -> Checked:
     """One step's logits, sparse with every key selected, against dense ones.
 
     Raises:
         CheckFailed: saying how far they are apart.
     """
+    model = _model(case, device)
     cache = _filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
     token = torch.full((case.B, 1), 3, device=model.device)
     dense = model(token, past_key_values=cache).logits.float()
@@ -279,3 +279,4 @@ def _check(case: Case, model: Any, kernel: str) -> None:
     error = (torch.linalg.vector_norm(sparse - dense) / torch.linalg.vector_norm(dense)).item()
     if not error <= MOST_ERROR:
         raise CheckFailed(f"over all keys the logits are {error:.1e} off the dense ones, more than {MOST_ERROR:.0e}")
+    return Checked(error, rows=case.B, apart=0, kept=float(case.K + 1))
