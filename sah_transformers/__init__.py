@@ -6,7 +6,7 @@ Importing the package registers the attention ``"sah"`` and teaches ``from_pretr
 
 from sah_transformers.attention import sparse_attention
 from sah_transformers.config import SparseAttentionConfig
-from sah_transformers.integration import LayerSupport, Support, disable, enable, install, supported
+from sah_transformers.integration import AppendingCache, LayerSupport, Support, disable, enable, install, supported
 from sah_transformers.kernels.select import top_p_thresholds
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import (
@@ -45,6 +45,7 @@ from sah_transformers.state import State
 __version__ = "0.1.0"
 
 __all__ = [
+    "AppendingCache",
     "CausalMasker",
     "CausalMaskerConfig",
     "Context",

@@ -215,7 +215,8 @@ def make_call(
         positions = positions_of(everything if real is None else real.expand(batch, -1))
     else:
         positions = None
-    context = replace(context, positions=positions)
+    if positions is not None:
+        context = replace(context, positions=positions)
     return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout, kernel)
 
 

@@ -46,6 +46,7 @@ those left as they are. *Not supported* is what `sah_transformers.supported(mode
 | chunked | the padded prompts in two forward calls with a cache |
 | dynamic | greedy `generate()`, padded, the default cache |
 | static | greedy `generate()`, padded, `cache_implementation="static"` |
+| unpadded | the same without padding |
 | beams | `generate(num_beams=3)`, padded |
 """
 

@@ -1,11 +1,11 @@
 """Does a model answer the same with the attention "sah" as with its own "eager" attention?
 
 `outputs(model)` runs a model in every mode a user meets: plain and left-padded forward, a prompt in two
-chunks, greedy generation with a dynamic and a static cache, beam search. `differences(expected, actual)`
-compares two such runs. What eager itself cannot do (a static cache in some hybrids) is recorded as its
-exception and left out; what only sah cannot do is a difference. `verify(name)` does this for one class and
-every configuration that means dense attention; the tests assert its verdict and `make_model_table.py`
-prints it.
+chunks, greedy generation with a dynamic and a static cache (the latter also without padding), beam search.
+`differences(expected, actual)` compares two such runs. What eager itself cannot do (a static cache in some
+hybrids) is recorded as its exception and left out; what only sah cannot do is a difference. `verify(name)` does
+this for one class and every configuration that means dense attention; the tests assert its verdict and
+`make_model_table.py` prints it.
 
 `using(model, attention)` runs a model on any attention function: `dense_attention`, written from
 Transformers' contract alone, and the mutants below it, which the harness must notice.
@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 import sah_transformers
 
 PROMPT, REAL, NEW_TOKENS, BEAMS, FIRST_CHUNK = 12, 7, 7, 3, 8
-MODES = ("forward", "padded", "chunked", "dynamic", "static", "beams")
+MODES = ("forward", "padded", "chunked", "dynamic", "static", "unpadded", "beams")
 
 # Largest difference of two float32 runs, as a share of the largest logit. `test_parity.py` measures that
 # eager in float32 is within half of this of eager in float64, and that a wrong mask is a hundredfold beyond.
@@ -134,10 +134,12 @@ def prompt(model: PreTrainedModel, padded: bool) -> dict[str, torch.Tensor]:
 
 
 def outputs(model: PreTrainedModel, modes: tuple[str, ...] = MODES) -> dict[str, Output]:
-    """Each mode's output; all but "forward" take the padded prompts."""
+    """Each mode's output; all but "forward" and "unpadded" take the padded prompts."""
     result: dict[str, Output] = {}
     for mode in modes:
-        padded = mode != "forward" and (mode == "padded" or type(model).__name__ not in PADDING_UNDEFINED)
+        padded = mode not in ("forward", "unpadded") and (
+            mode == "padded" or type(model).__name__ not in PADDING_UNDEFINED
+        )
         try:
             result[mode] = output(model, mode, prompt(model, padded))
         except Exception as error:  # whatever it is, it is the mode's outcome
@@ -158,7 +160,8 @@ def output(model: PreTrainedModel, mode: str, inputs: dict[str, torch.Tensor]) -
     if mode in ("forward", "padded"):
         logits = model(**inputs).logits
         return Output(logits=logits[inputs["attention_mask"][:, -logits.shape[1] :].bool()])
-    options = {"static": {"cache_implementation": "static"}, "beams": {"num_beams": BEAMS}}.get(mode, {})
+    static = {"cache_implementation": "static"}
+    options = {"static": static, "unpadded": static, "beams": {"num_beams": BEAMS}}.get(mode, {})
     result = model.generate(
         **inputs,
         **options,

@@ -13,6 +13,7 @@ folder = Path(sys.argv[1])
 job = json.loads((folder / "job.json").read_text())
 ids, tokens = torch.tensor(job["ids"]), []
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+ids = ids.to(model.device)
 for stack in job["stacks"]:
     sah_transformers.enable(model, stack)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -322,3 +322,26 @@ def test_a_mask_of_the_users_own():
         found = logits(model, IDS, attention_mask=mask)
         assert not differ(found, logits(truth, IDS, attention_mask=mask))
         assert differ(found, logits(model, IDS))
+
+
+@pytest.mark.parametrize(
+    "config", [STACK, {"maskers": STACK, "dense_layers": [0]}, {"maskers": STACK, "prefill": "dense"}]
+)
+def test_the_prompt_of_a_static_cache_needs_no_mask(config, monkeypatch):
+    """As many queries times as many keys as the cache may hold would be 16 GiB for 128K tokens."""
+    from sah_transformers.integration import attention_function
+
+    masks, original = [], attention_function.sdpa_mask
+
+    def mask(**arguments):
+        masks.append((arguments["q_length"], original(**arguments)))
+        return masks[-1][1]
+
+    monkeypatch.setattr(attention_function, "sdpa_mask", mask)
+    model = sparse(config)
+    found = generate(model, IDS, cache_implementation="static")
+    assert all(mask is None or mask.numel() <= 13 for queries, mask in masks if queries > 1)
+    assert torch.equal(found, generate(model, IDS))
+    ids, padding = left_padded([prompt(13), prompt(6, seed=1)])
+    found = generate(model, ids, attention_mask=padding, cache_implementation="static")
+    assert torch.equal(found, generate(model, ids, attention_mask=padding))

@@ -1,4 +1,4 @@
-"""Two ranks with half of the heads each select what one process selects: files know heads by their global number."""
+"""Ranks with a share of the heads each select what one process selects: files know heads by their global number."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import PUBLISHED
 from method_files import DEFAULTS
-from sparse_models import build, generate, prompt
+from sparse_models import STACK, build, generate, prompt
 
 import sah_transformers
 
@@ -21,20 +21,35 @@ pytestmark = [
 ]
 
 
-def test_two_ranks(tmp_path):
-    model, ids = build(dtype=torch.float32), prompt(13)
+DEVICES = torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "groups", "gpus"),
+    [
+        (2, 4, 2, ""),
+        (4, 8, 4, ""),
+        pytest.param(2, 4, 2, "0,1", marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 2, reason="needs 2 GPUs")]),
+    ],
+    ids=["2 ranks", "4 ranks", "2 GPUs"],
+)
+def test_ranks_generate_what_one_process_does(tmp_path, ranks, heads, groups, gpus):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups}
+    model, ids = build(dtype=torch.float32, **sizes), prompt(13)
     model.save_pretrained(tmp_path)
-    stacks = [[method_files.fit({**DEFAULTS[kind], "heavy_size": 3}, 4, 2, 16)] for kind in PUBLISHED]
+    stacks = [[method_files.fit({**DEFAULTS[kind], "heavy_size": 3}, heads, groups, 16)] for kind in PUBLISHED]
     stacks += [[{**stack[0], "gqa": "group"}] for stack in stacks]
-    stacks.append([method_files.hash_attention(4, 2, 16, heavy_size=3, shared=True)])
+    stacks.append([method_files.hash_attention(heads, groups, 16, heavy_size=3, shared=True)])
+    stacks.append(STACK)
     (tmp_path / "job.json").write_text(json.dumps({"ids": ids.tolist(), "stacks": stacks}))
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = gpus
     command += [str(here / "tensor_parallel.py"), str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     for n, stack in enumerate(stacks):
         right = torch.cat([ids, generate(sah_transformers.enable(model, stack), ids, new=6)], 1).tolist()
-        for rank in (0, 1):
+        for rank in range(ranks):
             assert json.loads((tmp_path / f"rank{rank}.json").read_text())[n] == right, (rank, stack)

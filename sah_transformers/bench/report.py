@@ -29,6 +29,27 @@ def table(title: str, results: Iterable[Result]) -> Any:
     return drawn
 
 
+def steps_table(results: Iterable[Result]) -> Any:
+    """A ``rich`` table of how whole decode steps split: ms per token, and memory."""
+    from rich.table import Table
+
+    from sah_transformers.bench.step import PARTS
+
+    parts = (*PARTS, "rest")
+    drawn = Table(title="ms per token of generate()")
+    for name in ("case", "way", "wall", "device", "host", *parts, "peak GiB", "x need"):
+        drawn.add_column(name, justify="left" if name in ("case", "way") else "right")
+    for result in results:
+        for name, step in result.steps.items():
+            if step.error:
+                drawn.add_row(result.case.label, name, step.error)
+                continue
+            times = (step.wall_ms, step.gpu_ms, step.host_ms, *(step.parts_ms[part] for part in parts))
+            memory = ("" if value is None else f"{value:.2f}" for value in (step.peak_gib, step.of_need))
+            drawn.add_row(result.case.label, name, *(f"{ms:.2f}" for ms in times), *memory)
+    return drawn
+
+
 def _cells(result: Result) -> list[str]:
     case, measures, ours = result.case, result.measures, result.ours
     targets = "\n".join(_target(result, name) for name in case.target if result.status != "skipped")

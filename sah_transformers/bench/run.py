@@ -46,6 +46,7 @@ class Result:
         note: why, in words.
         measures: values by the names of ``suites.AT_MOST`` and ``AT_LEAST``, as far as they apply.
         bytes: that the operation has to move at least.
+        steps: a decode step of a whole model, by the way it is done.
     """
 
     case: Case
@@ -59,6 +60,7 @@ class Result:
     bytes: int | None = None
     share_of_copy: float | None = None
     stages_us: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best_dense(self) -> str | None:
@@ -89,6 +91,8 @@ class Result:
         for name in ("host", "bytes", "share_of_copy", "stages_us"):
             if getattr(self, name):
                 data[name] = getattr(self, name)
+        if self.steps:
+            data["steps"] = {name: step.to_dict() for name, step in self.steps.items()}
         return data
 
 
@@ -99,7 +103,7 @@ def run_case(case: Case, setup: Setup) -> Result:
     result = Result(case)
     try:
         with torch.no_grad():
-            {"attention": _attention, "add_mask": _add_mask, "host": _host}[case.op](result, setup)
+            {"attention": _attention, "add_mask": _add_mask, "host": _host, "step": _step}[case.op](result, setup)
     except CheckFailed as error:
         result.status, result.note = "FAILED", str(error)
     except Exception as error:  # out of memory, a kernel that does not compile: the other cases go on
@@ -177,6 +181,26 @@ def _host(result: Result, setup: Setup) -> None:
     )
     result.measures["host_us"] = result.host["call"]["p50_us"]
     result.measures["api_us"] = result.host["sparse_attention"]["p50_us"]
+
+
+def _step(result: Result, setup: Setup) -> None:
+    """``ours`` is the faster of the sparse ways; what it is held against, the faster of the dense ones."""
+    from sah_transformers.bench.step import WAYS, check_step, steps_of
+
+    result.checked = check_step(result.case, setup.device, setup.kernel)
+    result.steps = steps_of(result.case, setup.device, setup.kernel)
+    done = {way: result.steps[way.name] for way in WAYS if not result.steps[way.name].error}
+    ours = min((step for way, step in done.items() if way.sparse), key=lambda step: step.wall_ms, default=None)
+    if ours is None:
+        raise RuntimeError("; ".join(f"{name}: {step.error}" for name, step in result.steps.items() if step.error))
+    result.ours = Times(ours.wall_ms, ours.wall_ms, ours.wall_ms, "wall")
+    for way, step in done.items():
+        if not way.sparse:
+            result.dense[way.name] = Times(step.wall_ms, step.wall_ms, step.wall_ms, "wall")
+    if setup.cuda:
+        result.measures |= {"gpu_ms": ours.gpu_ms, "wall_ms": ours.wall_ms, "of_need": ours.of_need or 0.0}
+    if result.best_dense is not None:
+        result.measures["dense_ratio"] = ours.wall_ms / result.dense[result.best_dense].p50
 
 
 def _attention_bytes(case: Case, inputs: Tensors, kept: float) -> int:

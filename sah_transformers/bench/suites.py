@@ -12,7 +12,7 @@ from sah_transformers.config import parse_stack, presets_folder, read_plain
 from sah_transformers.maskers import MaskerConfig
 from sah_transformers.spelling import unknown_name
 
-OPERATIONS = ("attention", "add_mask", "host")
+OPERATIONS = ("attention", "add_mask", "host", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 PREVIOUS = ("empty", "half")
 MANY = ("K", "S", "dtype", "previous", "q_scale")
@@ -23,6 +23,9 @@ AT_MOST = {
     "extra_mib": " MiB",
     "host_us": " us (call)",
     "api_us": " us (sparse_attention)",
+    "gpu_ms": " ms (GPU)",
+    "wall_ms": " ms (wall)",
+    "of_need": "x weights + KV",
 }
 AT_LEAST = {
     "dense_speedup": "x faster",
@@ -37,7 +40,7 @@ class Case:
     Attributes:
         suite, name: where it comes from and what it is called.
         op: ``"attention"``: the whole call against dense SDPA; ``"add_mask"``: the last masker's ``add_mask``;
-            ``"host"``: time of the host and memory of an eager call.
+            ``"host"``: time of the host and memory of an eager call; ``"step"``: a decode step of a whole model.
         B, H, G, Q, K, D: sizes; ``S`` in the file stands for Q = K.
         dtype: of queries, keys and values.
         maskers: the stack.
@@ -46,6 +49,7 @@ class Case:
         target: what is to be reached, by the names in ``AT_MOST`` and ``AT_LEAST``; on a GPU.
         predecessor_ms: measured time of sparse-attention-hub's mask update at this shape.
         cpu: small enough for a CPU.
+        layers, intermediate, vocab: of the model whose step is measured.
     """
 
     suite: str
@@ -64,9 +68,13 @@ class Case:
     target: Mapping[str, float] = field(default_factory=dict)
     predecessor_ms: float | None = None
     cpu: bool = False
+    layers: int | None = None
+    intermediate: int | None = None
+    vocab: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("B", "H", "G", "Q", "K", "D"):
+        model = ("layers", "intermediate", "vocab") if self.op == "step" else ()
+        for name in ("B", "H", "G", "Q", "K", "D", *model):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")

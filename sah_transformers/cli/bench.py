@@ -22,8 +22,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="decode, prefill, mask_update, add_mask, host, smoke, plot, or YAML files. Default: all with targets; "
-            "smoke on a CPU."
+            help="decode, prefill, mask_update, add_mask, host, step, smoke, plot, or YAML files. Default: all with "
+            "targets but step, which builds a model of 8B parameters; smoke on a CPU."
         ),
     ] = None,
     only: Annotated[str | None, typer.Option(help="Only cases whose label contains this text.")] = None,
@@ -59,6 +59,9 @@ def bench(
         part = [one for one in results if one.case.suite == Path(name).stem]
         if part:
             screen.print(report.table(name, part))
+    whole = [one for one in results if one.steps]
+    if whole:
+        screen.print(report.steps_table(whole))
     for one in results:
         if one.stages_us:
             listed = ", ".join(f"{kernel} {us:g}" for kernel, us in one.stages_us.items())

@@ -11,10 +11,13 @@ from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
+from sah_transformers.integration.operator import TENSORS, attention_operator, takes
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
 
 logger = logging.get_logger(__name__)
+
+BEYOND_SDPA = ("softcap", "sinks", "position_bias", "indices")
 
 LONG_PREFILL = 16_384
 """A sparse prefill of more keys than this, on a path without a kernel, is announced with an estimate."""
@@ -25,20 +28,24 @@ def sah_mask(
 ) -> Any:
     """The mask that ``sah_attention`` gets: boolean, or None only where plain causal order is meant.
 
-    Transformers would also skip the mask of a static cache's prefill, where None means upper-left order.
+    A prompt of n tokens in an empty static cache gets ``[1, 1, 1, n]``: causal order within the first n keys, the rest
+    being the buffer's empty tail. A whole mask of a long prompt would not fit into memory.
     """
     model_type = getattr(config, "model_type", None)
     if model_type == "deepseek_v4":  # adds float biases to the mask
         return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
-    if q_length not in (1, kv_length) or model_type == "doge":  # Doge adds its own mask to a None
+    if model_type == "doge" and q_length not in (1, kv_length):  # adds its own mask to a None
         allow_is_causal_skip = False
-    return sdpa_mask(
+    mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
         allow_is_causal_skip=allow_is_causal_skip,
         config=config,
         **kwargs,
     )
+    if mask is None and q_length not in (1, kv_length):
+        return torch.ones(1, 1, 1, q_length, dtype=torch.bool, device=kwargs.get("device"))
+    return mask
 
 
 def sah_attention(
@@ -83,6 +90,10 @@ def sah_attention(
         raise ValueError("continuous batching (a paged cache) is not supported by the attention 'sah'")
     plan = plan_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    held, prompt = key, _prompt(attention_mask, key)
+    if prompt is not None:
+        key, value, attention_mask = key[:, :, :prompt], value[:, :, :prompt], None
+        position_bias = None if position_bias is None else position_bias[..., :prompt]
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
@@ -98,54 +109,69 @@ def sah_attention(
         "dropout": dropout if module.training else 0.0,
     }
     recorder = module.__dict__.get("_sah_recorder")
-    if is_causal is False or (plan.dense and recorder is None):
+    compiling = torch.compiler.is_compiling()
+    if is_causal is False or (plan.dense and recorder is None and not compiling):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
+    if compiling and recorder is None and not output_attentions:
+        if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
+            return attend_dense(query, key, value, arguments, False)
+        if takes(plan, query, key, value, arguments):
+            tensors = [arguments[name] for name in TENSORS]
+            numbers = (arguments["is_causal"], arguments["scaling"], softcap, plan.number)
+            at = (module.layer_idx, first_head(module, plan, query.shape[1]))
+            return attention_operator(query, key, value, *tensors, *numbers, *at), None
+    attend = attend_uncompiled if compiling else attend_planned
     try:
-        return attend_planned(module, plan, query, key, value, arguments, sah_cache, bool(output_attentions), recorder)
+        return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
     except Exception:
         undo(sah_cache, module.layer_idx, query.shape[2])
         raise
+
+
+def _prompt(mask: torch.Tensor | None, key: torch.Tensor) -> int | None:
+    """The number of keys that ``sah_mask`` says are a prompt's, where the others are a static cache's empty tail."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, 1):
+        return None
+    return mask.shape[3] if mask.shape[3] < key.shape[2] else None
 
 
 def attend_dense(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any], weights: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention, by SDPA where that is exact."""
-    beyond = ("softcap", "sinks", "position_bias", "indices")
-    if weights or any(arguments[name] is not None for name in beyond):
+    if weights or any(arguments[name] is not None for name in BEYOND_SDPA):
         return run(make_call(query, key, value, [], **arguments), return_weights=weights)
-    plain = {name: value for name, value in arguments.items() if name not in beyond}
+    plain = {name: value for name, value in arguments.items() if name not in BEYOND_SDPA}
     return dense_attention(query, key, value, **plain), None
 
 
-@torch.compiler.disable(recursive=True)
 def attend_planned(
     module: Any,
     plan: LayerPlan,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    held: torch.Tensor,
     arguments: dict[str, Any],
     cache: Any,
     weights: bool,
     recorder: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a layer whose plan is not simply dense."""
-    check_shapes(query, key, value)
+    """Attention of a layer whose plan is not simply dense; ``held``: the keys as the cache gave them."""
     rows = query.shape[2]
-    layer = cache_layer(cache, getattr(module, "layer_idx", None), key)
-    static = layer is not None and is_static(layer)
-    stateful = any(masker.needs_state for masker in plan.maskers)
+    layer = cache_layer(cache, getattr(module, "layer_idx", None), held)
+    static = layer is not None and is_static(layer) and key is held
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    if layer is not None and static and (stateful or prompt or key.device.type == "cpu"):
+    if layer is not None and static and (plan.stateful or prompt or key.device.type == "cpu"):
         filled = int(layer.cumulative_length)
         key, value = key[:, :, :filled], value[:, :, :filled]
         if arguments["attention_mask"] is not None:
             arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
         static = False
     empty_before = not static and key.shape[2] == rows
-    stack = () if plan.dense else plan.stack(empty_before, rows)
-    if not stack or key.shape[2] < plan.min_keys:
+    stack = plan.stack_of(empty_before, rows, key.shape[2])
+    if not stack:
+        check_shapes(query, key, value)
         if recorder is None:
             return attend_dense(query, key, value, arguments, weights)
 
@@ -154,8 +180,8 @@ def attend_planned(
 
         return recorder.dense(module.layer_idx, rows, key.shape[2], attend)
     state = None
-    if layer is not None and not getattr(layer, "is_sliding", False) and any(m.needs_state for m in stack):
-        state = state_of(layer)
+    if plan.stateful and layer is not None and not getattr(layer, "is_sliding", False):
+        state = state_of(layer) if any(masker.needs_state for masker in stack) else None
 
     def call() -> Call:
         return make_call(
@@ -164,7 +190,7 @@ def attend_planned(
             value,
             stack,
             layer_idx=module.layer_idx,
-            head_offset=first_head(module, query.shape[1]),
+            head_offset=first_head(module, plan, query.shape[1]),
             min_keys=plan.min_keys,
             layer_state=state,
             kernel=plan.kernel,
@@ -179,8 +205,18 @@ def attend_planned(
     return run(call(), return_weights=weights)
 
 
-def first_head(module: Any, heads: int) -> int:
+attend_uncompiled = torch.compiler.disable(attend_planned, recursive=True)
+"""Where compiled code meets what the operator does not cover, the graph breaks."""
+
+
+def first_head(module: Any, plan: LayerPlan, heads: int) -> int:
     """The global number of the first of a module's ``heads`` local query heads: not 0 on a tensor-parallel shard."""
+    if heads not in plan.first_heads:
+        plan.first_heads[heads] = _first_head(module, heads)
+    return plan.first_heads[heads]
+
+
+def _first_head(module: Any, heads: int) -> int:
     total = getattr(module.config, "num_attention_heads", None)
     if not isinstance(total, int) or heads >= total:
         return 0

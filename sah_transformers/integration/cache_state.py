@@ -98,7 +98,7 @@ def cache_layer(cache: Any, layer_idx: int | None, keys: torch.Tensor) -> Any | 
     held = getattr(layer, "keys", None)
     if not isinstance(held, torch.Tensor):
         return None
-    if held.shape != keys.shape or held.data_ptr() == keys.data_ptr():
+    if held is keys or held.shape != keys.shape or held.data_ptr() == keys.data_ptr():
         return layer  # other shapes: models that cache something smaller than the keys (MLA)
     for other in layers:
         candidate = getattr(other, "keys", None)

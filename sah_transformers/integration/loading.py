@@ -1,7 +1,8 @@
-"""Where Transformers loads a model: the keyword ``sparse_attention`` is taken and the built model is checked.
+"""Where Transformers loads a model: the keyword ``sparse_attention`` is taken and the built model is checked; and where
+``generate()`` makes its cache.
 
-Transformers has no entry point for plugins, so this wraps four methods of ``PreTrainedModel``. Each wrapper does
-nothing for a model that is not asked to be sparse.
+Transformers has no entry point for plugins, so this wraps four methods of ``PreTrainedModel`` and one of
+``GenerationMixin``. Each wrapper does nothing for a model that is not asked to be sparse.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
+from sah_transformers.integration.cache import append_in_place
 from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
 from sah_transformers.integration.models import attach, check_class, refuse
 
@@ -26,14 +35,15 @@ def install() -> None:
     AttentionMaskInterface.register(NAME, sah_mask)
     if not isinstance(PreTrainedConfig.__dict__.get("sparse_attention"), SparseAttentionProperty):
         setattr(PreTrainedConfig, "sparse_attention", SparseAttentionProperty())  # noqa: B010
-    _wrap("post_init", _post_init)
-    _wrap("get_correct_attn_implementation", _get_correct_attn_implementation)
-    _wrap("from_pretrained", _from_pretrained)
-    _wrap("_from_config", _from_config)
+    _wrap(PreTrainedModel, "post_init", _post_init)
+    _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
+    _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
+    _wrap(PreTrainedModel, "_from_config", _from_config)
+    _wrap(GenerationMixin, "_prepare_cache_for_generation", _prepare_cache_for_generation)
 
 
-def _wrap(name: str, wrapper: Callable[..., Any]) -> None:
-    held = PreTrainedModel.__dict__[name]
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    held = owner.__dict__[name]
     is_classmethod = isinstance(held, classmethod)
     original = held.__func__ if is_classmethod else held
     original = getattr(original, MARK, original)  # a reload replaces the wrapper
@@ -43,7 +53,7 @@ def _wrap(name: str, wrapper: Callable[..., Any]) -> None:
         return wrapper(original, *args, **kwargs)
 
     setattr(wrapped, MARK, original)
-    setattr(PreTrainedModel, name, classmethod(wrapped) if is_classmethod else wrapped)
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 
 def _post_init(original: Callable[..., Any], self: PreTrainedModel) -> None:
@@ -81,10 +91,32 @@ def _from_config(
 def _checked(loaded: Any) -> Any:
     """What loading returned (a model, or a model and its loading report), the model checked as a whole."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    config = text_config(model.config)
-    if config._attn_implementation == NAME and sparse_data(config) is not None:
+    if _is_sparse(model):
         refuse(model)
     return loaded
+
+
+def _is_sparse(model: Any) -> bool:
+    config = text_config(model.config)
+    return config._attn_implementation == NAME and sparse_data(config) is not None
+
+
+def _prepare_cache_for_generation(
+    original: Callable[..., Any],
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    result = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = model_kwargs.get("past_key_values")
+    users = generation_config.cache_implementation is not None or getattr(cache, "_is_user_defined", False)
+    cache = getattr(cache, "self_attention_cache", cache)
+    if type(cache) is DynamicCache and not users and not cache.offloading and _is_sparse(self):
+        append_in_place(cache, max_cache_length)
+    return result
 
 
 def _with_keyword(config: PreTrainedConfig, value: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sah_transformers.config import SparseAttentionConfig
 from sah_transformers.integration.config_property import sparse_data
@@ -20,6 +22,9 @@ class LayerPlan:
         maskers: the layer's stack.
         prefill: ``"same"``, ``"dense"`` or the stack for calls that read a prompt.
         dense: why the layer stays dense; empty for a sparse layer.
+        number: stands for this object, and no other of this process, in compiled code.
+        stateful: whether a masker of the layer keeps side data.
+        first_heads: the global number of the first of so many local query heads, found once.
     """
 
     source: Any
@@ -29,12 +34,46 @@ class LayerPlan:
     kernel: str = "auto"
     min_keys: int = 0
     dense: str = ""
+    number: int = field(init=False, compare=False)
+    stateful: bool = field(init=False, compare=False)
+    first_heads: dict[int, int] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        prompt = () if isinstance(self.prefill, str) else self.prefill
+        self.__setstate__({"stateful": any(masker.needs_state for masker in (*self.maskers, *prompt))})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, and what comes out of a file, gets a number of its own, and may be on another rank."""
+        self.__dict__.update(state, number=next(_numbers), first_heads={})
+        _plans[self.number] = self
 
     def stack(self, empty_before: bool, queries: int) -> Sequence[Masker]:
         """The stack for a call; empty = dense."""
         if self.prefill == "same" or not (empty_before or queries > self.decode_max_queries):
             return self.maskers
         return () if isinstance(self.prefill, str) else self.prefill
+
+    def stack_of(self, empty_before: bool, queries: int, keys: int) -> Sequence[Masker]:
+        """The stack for a call over so many keys, too few of which make the layer dense."""
+        return () if self.dense or keys < self.min_keys else self.stack(empty_before, queries)
+
+
+_numbers = itertools.count(1)
+_plans: WeakValueDictionary[int, LayerPlan] = WeakValueDictionary()
+
+
+def plan_number(number: int) -> LayerPlan:
+    """The plan with this number.
+
+    Raises:
+        RuntimeError: when its model is gone or has another configuration by now.
+    """
+    plan = _plans.get(number)
+    if plan is None:
+        raise RuntimeError(
+            "compiled code was called for a model, or a sparse_attention, that is gone: compile it again"
+        )
+    return plan
 
 
 def plan_of(module: Any) -> LayerPlan:

@@ -1,0 +1,282 @@
+"""A whole decode step of ``generate()``: a Llama of random weights over a cache of random keys, sparse beside dense.
+
+Nothing is prefilled: the keys are written to the cache. A step's times are differences between two generations of
+different length, so that what happens once per call of ``generate()`` does not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.generation import CompileConfig
+
+import sah_transformers
+from sah_transformers.bench.check import Checked, CheckFailed
+from sah_transformers.bench.suites import Case
+from sah_transformers.integration.cache import AppendingCache
+
+SHORT, STEPS, REPEATS = 4, {"cpu": 2, "cuda": 24}, 3
+"""New tokens of the shorter generation, how many more the longer one has, and how often both are timed."""
+
+MOST_ERROR = 5e-2
+"""Relative error of the logits over all keys: rounding in every layer of a model of random weights."""
+
+PARTS = {
+    "matrix products": r"gemm|gemv|cublas|nvjet|splitk|triton_tem|aten::(addmm|mm|bmm|linear)$",
+    "attention": r"fmha|flash|sdpa|dot_product|(bands|merge|combine|gather\w*|stream)_kernel",
+    "cache": r"CatArray|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
+    "selection": r"(sample\w*|score\w*|histogram\w*|threshold\w*|bounds\w*|select\w*|page\w*|rank\w*)_kernel|topk|sort",
+}
+"""What a kernel (on a CPU: an operator) belongs to, by its name. All else is "rest"."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode: sparse or dense, over a growing cache or a static one with compiled code (CUDA graphs)."""
+
+    sparse: bool
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"{'sah' if self.sparse else 'sdpa'}, {'static + compile' if self.compiled else 'growing cache'}"
+
+
+WAYS = [Way(sparse, compiled) for sparse in (True, False) for compiled in (False, True)]
+
+
+@dataclass
+class Step:
+    """What a step takes.
+
+    Attributes:
+        wall_ms: per token of ``generate()``.
+        gpu_ms: of which the device works (on a CPU: the operators); parts_ms: by ``PARTS``, and "rest".
+        host_ms: of which the device waits for the host.
+        peak_gib: largest memory while decoding; of_need: over weights, keys and values.
+        tokens: what was generated, to compare.
+        error: why there is nothing.
+    """
+
+    wall_ms: float = 0.0
+    gpu_ms: float = 0.0
+    host_ms: float = 0.0
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    peak_gib: float | None = None
+    of_need: float | None = None
+    tokens: list[int] = field(default_factory=list)
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        if self.error:
+            return {"error": self.error}
+        data = {name: float(f"{value:.4g}") for name, value in vars(self).items() if isinstance(value, float)}
+        return {**data, "parts_ms": {name: float(f"{ms:.4g}") for name, ms in self.parts_ms.items()}}
+
+
+@functools.lru_cache(1)
+def model_of(
+    layers: int, hidden: int, intermediate: int, vocab: int, H: int, G: int, D: int, dtype: str, device: str
+) -> Any:
+    """A Llama of random weights."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=D,
+        max_position_embeddings=2**20,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def _model(case: Case, device: str) -> Any:
+    sizes = (case.layers, case.H * case.D, case.intermediate, case.vocab)
+    return model_of(*sizes, case.H, case.G, case.D, case.dtype, device)  # type: ignore[arg-type]
+
+
+def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
+    """Every way's step, by name."""
+    model = _model(case, device)
+    maskers = tuple(case.maskers)
+    steps = {}
+    for way in WAYS:
+        if way.sparse:
+            sah_transformers.enable(model, {"maskers": [one.to_dict() for one in maskers], "kernel": kernel})
+            steps[way.name] = _step(case, model, way)
+            sah_transformers.disable(model)
+        else:
+            steps[way.name] = _dense_step(case.B, case.K, case.G, case.D, model, way)
+    return steps
+
+
+@functools.lru_cache(32)
+def _dense_step(B: int, K: int, G: int, D: int, model: Any, way: Way) -> Step:
+    """Dense steps do not depend on the stack: those of a run are shared by its cases."""
+    return _step(Case(suite="", name="", K=K, B=B, G=G, H=G, D=D, maskers=_ANY), model, way)
+
+
+_ANY = (sah_transformers.CausalMaskerConfig(),)
+
+
+def _step(case: Case, model: Any, way: Way) -> Step:
+    try:
+        return _measured(case, model, way)
+    except Exception as error:  # out of memory, code that does not compile: the other ways go on
+        return Step(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    finally:
+        for name in ("_compiled_call", "_last_compile_config"):
+            model.__dict__.pop(name, None)
+        torch.compiler.reset()
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(case: Case, model: Any, way: Way) -> Step:
+    kind = model.device.type
+    more = STEPS[kind]
+    cache = _filled(case, model, way, case.K + SHORT + more)
+
+    def decode(tokens: int) -> torch.Tensor:
+        found = _generate(case, model, cache, way, tokens)
+        _rewind(cache, case.K)
+        return found
+
+    first = decode(SHORT + more)  # compiles, captures, catches side data up
+    decode(SHORT)
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = Step(tokens=first.flatten().tolist())
+    step.wall_ms = statistics.median(
+        (_seconds(decode, SHORT + more) - _seconds(decode, SHORT)) / more * 1e3 for _ in range(REPEATS)
+    )
+    if kind == "cuda":
+        step.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        held = 2 * (case.K + SHORT + more) * case.B * case.G * case.D * model.dtype.itemsize
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        step.of_need = step.peak_gib * 2**30 / (weights + held * model.config.num_hidden_layers)
+    long, short = _parts(decode, SHORT + more, kind), _parts(decode, SHORT, kind)
+    step.parts_ms = {name: max(0.0, long[name] - short[name]) / more for name in (*PARTS, "rest")}
+    step.gpu_ms = sum(step.parts_ms.values())
+    step.host_ms = max(0.0, step.wall_ms - step.gpu_ms)
+    return step
+
+
+def _filled(case: Case, model: Any, way: Way, most: int) -> Any:
+    """A cache of ``K`` random keys and values in every layer; the same for every way."""
+    config = model.config
+    if way.compiled:
+        cache: Any = StaticCache(config=config, max_cache_len=most)
+    elif way.sparse:
+        cache = AppendingCache(config=config, max_length=most)
+    else:
+        cache = DynamicCache(config=config)
+    generator = torch.Generator(model.device).manual_seed(1)
+    shape = (case.B, case.G, case.K, case.D)
+    for layer in range(config.num_hidden_layers):
+        keys, values = (
+            torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
+        )
+        cache.update(keys, values, layer)
+    return cache
+
+
+def _rewind(cache: Any, length: int) -> None:
+    """Take what was generated back off the cache."""
+    for layer in cache.layers:
+        state = getattr(layer, "sah_state", None)
+        if isinstance(cache, StaticCache):
+            layer.cumulative_length.fill_(length)
+            if state is not None:
+                state.crop(length)
+        else:
+            layer.crop(length - layer.get_seq_length())
+
+
+def _generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch.Tensor:
+    ids = torch.full((case.B, case.K + 1), 3, device=model.device)
+    options: dict[str, Any] = {}
+    if way.compiled and model.device.type == "cpu":
+        compiling: Any = {"backend": "aot_eager", "mode": None}
+        options["compile_config"] = CompileConfig(**compiling)
+        options["compile_config"]._compile_all_devices = True
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        **options,
+    )
+    return out[:, case.K + 1 :]
+
+
+def _seconds(decode: Any, tokens: int) -> float:
+    start = time.perf_counter()
+    decode(tokens).tolist()  # waits for the device
+    return time.perf_counter() - start
+
+
+def _parts(decode: Any, tokens: int, kind: str) -> dict[str, float]:
+    """ms that each part takes in a whole generation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if kind == "cuda" else ProfilerActivity.CPU
+    with warnings.catch_warnings(action="ignore"), profile(activities=[activity]) as profiled:
+        decode(tokens).tolist()
+    times: dict[str, float] = defaultdict(float)
+    for event in profiled.events() or ():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_device == (kind == "cuda"):
+            times[part_of(event.name)] += (event.device_time if on_device else event.self_cpu_time_total) / 1e3
+    return times
+
+
+def part_of(name: str) -> str:
+    """The part that a kernel's name says it belongs to."""
+    order = ("attention", *PARTS)  # flash attention's names speak of products, too
+    return next((part for part in order if re.search(PARTS[part], name, re.IGNORECASE)), "rest")
+
+
+@torch.no_grad()
+def check_step(case: Case, device: str, kernel: str) -> Checked:
+    """One step's logits, sparse with every key selected, against dense ones.
+
+    Raises:
+        CheckFailed: saying how far they are apart.
+    """
+    model = _model(case, device)
+    cache = _filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
+    token = torch.full((case.B, 1), 3, device=model.device)
+    dense = model(token, past_key_values=cache).logits.float()
+    _rewind(cache, case.K)
+    sah_transformers.enable(model, {"maskers": [{"type": "oracle_top_k", "heavy_size": 1.0}], "kernel": kernel})
+    try:
+        sparse = model(token, past_key_values=cache).logits.float()
+    finally:
+        sah_transformers.disable(model)
+    error = (torch.linalg.vector_norm(sparse - dense) / torch.linalg.vector_norm(dense)).item()
+    if not error <= MOST_ERROR:
+        raise CheckFailed(f"over all keys the logits are {error:.1e} off the dense ones, more than {MOST_ERROR:.0e}")
+    return Checked(error, rows=case.B, apart=0, kept=float(case.K + 1))

@@ -1,0 +1,136 @@
+"""A layer's attention as one operator of PyTorch's: all that ``torch.compile`` and CUDA graphs see of it.
+
+The operator takes tensors and the number of a ``LayerPlan``. It covers calls that keep no side data: everything that
+they depend on is in the tensors, a static cache's valid length as a boolean mask over its whole buffer. What it does
+not cover leaves the graph (``attend_planned``). Side data could come the same way, as tensors of static address beside
+the keys, with the cache's length as a tensor; they are still appended by the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sah_transformers.attention import Call, make_call, run
+from sah_transformers.integration.plan import LayerPlan, plan_number
+from sah_transformers.kernels import decode
+
+TENSORS = ("attention_mask", "sinks", "position_bias", "indices")
+
+CAPTURING = ("cuda",)
+"""Types of devices on which compiled code is captured in graphs that the host is no part of."""
+
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sinks, Tensor? position_bias, "
+    "Tensor? indices, bool is_causal, float scaling, float? softcap, int plan, int layer_idx, int head_offset)"
+    " -> Tensor"
+)
+
+
+def _call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    softcap: float | None,
+    plan: int,
+    layer_idx: int,
+    head_offset: int,
+) -> Call:
+    """The call of ``sparse_attention`` that the operator's arguments stand for."""
+    settled = plan_number(plan)
+    return make_call(
+        query,
+        key,
+        value,
+        settled.stack_of(key.shape[2] == query.shape[2], query.shape[2], key.shape[2]),
+        attention_mask=attention_mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        indices=indices,
+        layer_idx=layer_idx,
+        head_offset=head_offset,
+        min_keys=settled.min_keys,
+        kernel=settled.kernel,
+    )
+
+
+@torch.library.custom_op("sah::attention", mutates_args=(), schema=SCHEMA)
+def attention_operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Attention ``[B, Q, H, Dv]`` of a layer by its plan; the arguments are ``SCHEMA``'s."""
+    mask = rest[0]
+    if mask is not None and mask.dtype == torch.bool and key.device.type == "cpu":
+        end = _end(mask)
+        bias = None if rest[2] is None else rest[2][..., :end]
+        key, value, rest = key[:, :, :end], value[:, :, :end], (mask[..., :end], rest[1], bias, *rest[3:])
+    call = _call(query, key, value, *rest)
+    return run(call)[0].contiguous()
+
+
+@attention_operator.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _end(mask: torch.Tensor) -> int:
+    """Keys up to the last that any row of ``mask [B|1, 1|H, Q, K]`` sees: what is behind is a buffer's empty tail."""
+    seen = mask.flatten(0, 2).any(dim=0).nonzero()
+    return int(seen[-1]) + 1 if seen.numel() else 0
+
+
+def takes(plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Any) -> bool:
+    """Whether the operator can stand for a call; asked while it is traced.
+
+    Not for calls with side data, gradients or dropout, not where the choice of the stack needs the number of keys
+    before the call, and on a GPU, where it may be captured in a CUDA graph, not unless the decode kernels take it.
+    """
+    rows = query.shape[2]
+    if plan.stateful or arguments["dropout"] or (plan.prefill != "same" and 1 < rows <= plan.decode_max_queries):
+        return False
+    given = [query, key, value, *(arguments[name] for name in TENSORS)]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        return False
+    if query.device.type not in CAPTURING:
+        return True
+    batch, heads, _, dim = query.shape
+    keys, mask, sinks = key.shape[2], arguments["attention_mask"], arguments["sinks"]
+    many = (
+        rows > decode.MOST_QUERIES or keys > decode.MOST_KEYS or 4 * batch * heads * rows * keys > decode.MOST_SCRATCH
+    )
+    if many or arguments["position_bias"] is not None or arguments["indices"] is not None:
+        return False
+    if mask is None and keys - rows + 1 < plan.min_keys:
+        return False
+    kind = (heads, key.shape[1], dim, value.shape[3], query.dtype, key.dtype, value.dtype, str(query.device))
+    seen = None if mask is None else (mask.dtype, mask.shape[1] == 1)
+    sunk = None if sinks is None else (sinks.dtype, sinks.dim())
+    return _captured(plan.number, kind, rows > 1, seen, sunk, arguments["is_causal"], arguments["softcap"])
+
+
+@torch.compiler.assume_constant_result
+def _captured(
+    plan: int, kind: tuple[Any, ...], several: bool, mask: Any, sinks: Any, is_causal: bool, softcap: float | None
+) -> bool:
+    """Whether the decode kernels, which never wait for the device, take calls of a kind, whatever B, Q and K."""
+    heads, groups, dim, value_dim, *dtypes, device = kind
+    rows, keys = (decode.MOST_QUERIES if several else 1), 2**14 + plan_number(plan).min_keys
+    shapes = ((1, heads, rows, dim), (1, groups, keys, dim), (1, groups, keys, value_dim))
+    with FakeTensorMode(), torch.device(device):
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        if mask is not None:
+            mask = torch.empty(1, 1 if mask[1] else heads, rows, keys, dtype=mask[0])
+        if sinks is not None:
+            sinks = torch.empty([heads] if sinks[1] == 1 else [1, heads, 1, 1], dtype=sinks[0])
+        arguments: Any = (*tensors, mask, sinks, None, None, is_causal, dim**-0.5, softcap, plan, 0, 0)
+        call = _call(*arguments)
+        return call.kernel != "reference" and not decode.why_not(call)

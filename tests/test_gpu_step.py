@@ -1,0 +1,142 @@
+"""On CUDA devices: the cache that appends in place, CUDA graphs over a static cache, models spread over two devices."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import sah_transformers
+from sah_transformers import AppendingCache
+from sah_transformers.integration.attention_function import sah_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WINDOWS = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 16}]
+STACKS = {
+    "windows": WINDOWS,
+    "top-k": [*WINDOWS, {"type": "oracle_top_k", "heavy_size": 0.05}],
+    "top-k per kv head": [*WINDOWS, {"type": "oracle_top_k", "heavy_size": 0.05, "gqa": "group"}],
+}
+QUEST = [*WINDOWS, {"type": "quest", "heavy_size": 0.1}]
+
+
+def model_of(dtype=torch.float32, layers=3):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": layers, "vocab_size": 200}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    model = LlamaForCausalLM(config).to("cuda", dtype).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+def prompts(padded):
+    ids = torch.randint(1, 200, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, : 90 if padded else 0] = 0
+    return {"input_ids": (ids * mask).cuda(), "attention_mask": mask.cuda()}
+
+
+def tokens(model, inputs, new=24, **options):
+    return model.generate(**inputs, max_new_tokens=new, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", [*STACKS.values(), QUEST], ids=[*STACKS, "quest"])
+def test_the_growing_cache_changes_no_token(stack, padded):
+    model = sah_transformers.enable(model_of(), stack)
+    inputs = prompts(padded)
+    assert torch.equal(tokens(model, inputs), tokens(model, inputs, cache_implementation="dynamic"))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_cuda_graphs_change_no_token(stack, padded):
+    """As `generate(cache_implementation="static")` compiles by itself; nothing leaves the graph or is traced twice."""
+    torch.compiler.reset()
+    counters.clear()
+    model = sah_transformers.enable(model_of(), stack)
+    inputs = prompts(padded)
+    right = tokens(model, inputs)
+    found = tokens(model, inputs, cache_implementation="static")
+    assert torch.equal(found, right)
+    assert not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(tokens(model, inputs, cache_implementation="static"), right)
+
+
+def test_side_data_leave_the_graph_and_stay_right():
+    torch.compiler.reset()
+    model = sah_transformers.enable(model_of(), QUEST)
+    inputs = prompts(True)
+    assert torch.equal(tokens(model, inputs, cache_implementation="static"), tokens(model, inputs))
+
+
+@torch.no_grad()
+def test_a_decode_layer_never_waits_for_the_device():
+    model = sah_transformers.enable(model_of(torch.bfloat16), STACKS["top-k per kv head"])
+    module = model.model.layers[0].self_attn
+    cache = AppendingCache(config=model.config)
+    past, new = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4096, 1))
+    query = torch.randn(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+
+    def layer():
+        keys, values = cache.update(new, new, 0)
+        return sah_attention(module, query, keys, values, None, scaling=0.125, sah_cache=cache)[0]
+
+    cache.update(past, past, 0)
+    for _ in range(3):
+        layer()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_memory_while_decoding():
+    """Weights, keys and values and a tenth; a DynamicCache needs a copy of a layer beside them."""
+    model = sah_transformers.enable(model_of(torch.bfloat16, layers=2), STACKS["top-k per kv head"])
+    past = torch.randn(1, 2, 400_000, 64, device="cuda", dtype=torch.bfloat16)
+    peaks = {}
+    for name, cache in (("ours", AppendingCache(max_length=400_020)), ("theirs", DynamicCache())):
+        for layer in range(2):
+            cache.update(past, past, layer)
+        token = torch.ones(1, 1, dtype=torch.long, device="cuda")
+        model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(4):
+            model(token, past_key_values=cache)
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+        del cache
+    assert peaks["ours"] < 0.1 * 4 * past.nbytes
+    assert peaks["theirs"] > past.nbytes
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("stack", [STACKS["top-k per kv head"], QUEST], ids=["top-k", "quest"])
+def test_layers_on_two_devices(stack, tmp_path):
+    """As `device_map="auto"` splits a model: same tokens as on one device, side data beside each layer's keys."""
+    pytest.importorskip("accelerate")
+    whole = sah_transformers.enable(model_of(layers=4), stack)
+    whole.save_pretrained(tmp_path)
+    first = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"]
+    last = ["model.layers.2", "model.layers.3", "model.norm", "lm_head"]
+    places = dict.fromkeys(first, 0) | dict.fromkeys(last, 1)
+    spread = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, dtype=torch.float32)
+    spread.generation_config.update(eos_token_id=None, pad_token_id=0)
+    inputs = prompts(True)
+    right = tokens(whole, inputs)
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(tokens(spread, inputs, **options), right)
+    out = tokens(spread, inputs, new=2, return_dict_in_generate=True)
+    for i, layer in enumerate(out.past_key_values.layers):
+        assert layer.keys.device.index == i // 2
+        state = getattr(layer, "sah_state", None)
+        if state is not None:
+            assert all(buffer.storage.device == layer.keys.device for buffer in state._buffers())
