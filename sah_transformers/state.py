@@ -143,6 +143,11 @@ class LayerState:
         return None if self._real is None else self._real.storage.shape[0]
 
     @property
+    def padded(self) -> bool:
+        """Whether some of the keys may be no real tokens."""
+        return True
+
+    @property
     def length(self) -> int:
         """Keys that the state has seen."""
         return 0 if self._real is None else self._real.length
