@@ -29,12 +29,12 @@ def bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q: tl.constexpr, CAU
 @triton.jit
 def keys_of(
     lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, first_end, last_start, begin, head, tail, banded,
-    reach, sm_b, sm_q, sm_k, MASKED: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
+    reach, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """(slots of the keys ``o_j`` of units ``o_u``, which of them the row attends to)."""
     m_u = o_u < listed
     o_t = tl.load(lists + i_e.to(tl.int64) * stride + o_u, mask=m_u, other=0) * PAGE + o_j
-    if MASKED:
+    if SLOTS:
         o_t = tl.load(slots + i_b.to(tl.int64) * tokens + o_t, mask=m_u & (o_j < PAGE), other=-1)
     m_t = m_u & (o_j < PAGE) & (o_t >= first_end) & (o_t < last_start)
     o_n = (o_u - listed) * WIDE + o_j
@@ -70,7 +70,7 @@ def gather_head_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """One row, one part of its units, ``UNITS`` at once."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
@@ -95,7 +95,7 @@ def gather_head_kernel(
     for start in range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS):
         o_k, m_k = keys_of(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, first_end,
-            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, PAGE, WIDE,
+            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
         o_k = o_k[:, None].to(tl.int64)
         b_k = tl.load(p_k + o_k * (sk_k * UNIT) + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
@@ -139,7 +139,7 @@ def gather_group_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, one part of its units: the group's heads share what is read."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
@@ -165,7 +165,7 @@ def gather_group_kernel(
     for start in tl.range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS, num_stages=STAGES):
         o_k, m_k = keys_of(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, first_end,
-            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, PAGE, WIDE,
+            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
         p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
         p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]

@@ -94,12 +94,12 @@ class Work:
         at_once = t.group_keys if self.shared else t.head_keys
         common = (
             launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
-            slots, s["sums"], s["peaks"], s["totals"], self.keys, self.batch, stride, tokens,
+            lists if slots is None else slots, s["sums"], s["peaks"], s["totals"], self.keys, self.batch, stride, tokens,
             *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look, x.scaling, x.softcap or 1.0, *self.bands,
         )  # fmt: skip
         constants = {
             **plan.shape, **plan.dims, **plan.wide, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit,
-            "PAGE": page, "WIDE": wide, "UNITS": max(1, at_once // wide),
+            "SLOTS": slots is not None, "PAGE": page, "WIDE": wide, "UNITS": max(1, at_once // wide),
         }  # fmt: skip
         if self.shared:
             launch(
@@ -133,7 +133,7 @@ def attend_pages(work: Work) -> None:
         }
     )  # fmt: skip
     mask, look = see(x, plan, launch, s["limits"])
-    slots = s["lists"]
+    slots = None
     if masked:
         slots, kept = find_slots(work, pages * page)
         wide = power_of_2(page)
@@ -236,7 +236,7 @@ def attend_keys(work: Work) -> None:
         *numbers, chunks, longest, *work.bands,
         Q=work.rows, **plan.sight, ROWS=rows, CHUNK=chunk, warps=t.chunk_warps,
     )  # fmt: skip
-    work.gather(s, mask, look, s["lists"], s["lists"], longest, 1)
+    work.gather(s, mask, look, None, s["lists"], longest, 1)
 
 
 def replace_arrays(scoring: Scoring, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
