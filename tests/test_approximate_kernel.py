@@ -7,7 +7,7 @@ Without a GPU `test_in_the_interpreter` runs this file again in a process of its
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -46,6 +46,17 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one program after the other."""
+    if INTERPRETED and not GPU:
+        from sah_transformers.kernels.approximate import pipeline
+
+        original = pipeline.tuning_of
+        few = {"head_programs": 8, "group_programs": 8, "samples": 128, "slot": 32}
+        monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
 
 @dataclass(frozen=True)
@@ -218,3 +229,96 @@ def test_softcap_and_sinks(stack):
 def test_two_runs_give_the_same_bits(stack):
     call = call_of(STACKS[stack], *tensors(K=250))
     assert torch.equal(attend(call), attend(call))
+
+
+def steps(stack, q, k, v, first, **options):
+    """The last call of a sequence that came as ``first`` keys at once, then key by key."""
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+    state = LayerState()
+    for length in range(first, k.shape[2] + 1):
+        masks = {name: mask[:, :length] for name, mask in options.items()}
+        call = make_call(q, k[:, :, :length], v[:, :, :length], maskers, layer_state=state, kernel="triton", **masks)
+    return call
+
+
+@kernel_test
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", ["pages", "pages of 7"])
+def test_side_data_in_place(stack, padded):
+    """Key by key, over boundaries of pages and buffers, side data are those of all keys at once, bit for bit."""
+    q, k, v = tensors(B=2, K=60, D=24, dtype=torch.float16)
+    options = {"attention_mask": left_padding(60, 0, 9)} if padded else {}
+    call = steps(STACKS[stack], q, k, v, 17, **options)
+    whole = call_of(STACKS[stack], q, k, v, **options)
+    for name, tensor in whole.side[-1].items():
+        assert torch.equal(call.side[-1][name], tensor)
+    assert torch.equal(attend(call), attend(whole))
+    assert call.context.padded == padded
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["normal", *TIES, "one heavy"])
+@pytest.mark.parametrize("stack", [*FEW, "keys most"])
+def test_long(stack, data):
+    """Selection at length: nearly uniform weights, where one wrong key in thousands shows."""
+    q, k, v = tensors(H=8, G=2, K=40_000, D=64, data=data)
+    q = q * 0.02 if data == "normal" else q
+    call = call_of(STACKS[stack], q, k, v)
+    out, truth = attend(call), run(call)[0]
+    close = (out - truth).abs().amax(-1) <= 2e-5 * truth.abs().max()
+    assert close.sum() >= close.numel() - (1 if data in ("normal", "one heavy") else 0)
+    assert torch.equal(out, attend(call))
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", FEW)
+def test_graph_without_synchronisation(stack, padded):
+    """A whole step, the append included, waits for nothing; a captured one follows its changed inputs."""
+    q, k, v = tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16)
+    options = {"attention_mask": left_padding(5000, 0, 900)} if padded else {}
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    state = State().layer(0)
+    earlier = {name: mask[:, :4999] for name, mask in options.items()}
+    make_call(q, k[:, :, :4999], v[:, :, :4999], maskers, layer_state=state, **earlier)
+
+    def step():
+        if state._positions is not None:
+            state._positions.length = 4999
+        state.length, state._lengths = 4999, dict.fromkeys(state._lengths, 4999)
+        return attend(make_call(q, k, v, maskers, layer_state=state, kernel="triton", **options))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in range(1, 4):
+        q.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[0])
+        v.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[2])
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", ["pages", "keys"])
+def test_growing_cache_does_not_recompile(stack):
+    """Steps of a generation share compiled kernels until the length doubles."""
+    from sah_transformers.kernels.decode import kernel
+
+    q, k, v = tensors(H=8, G=2, K=3000, D=64, dtype=torch.float32)
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    state = LayerState()
+    kernel.PLANS.clear()
+    for length in range(2100, 2200):
+        call = make_call(q, k[:, :, :length], v[:, :, :length], maskers, layer_state=state, kernel="triton")
+        torch.testing.assert_close(attend(call), run(replace(call, kernel="reference"))[0], rtol=1e-4, atol=1e-5)
+    assert len(kernel.PLANS) == 1

@@ -12,7 +12,7 @@ from sah_transformers.config import parse_stack, presets_folder, read_plain
 from sah_transformers.maskers import MaskerConfig
 from sah_transformers.spelling import unknown_name
 
-OPERATIONS = ("attention", "add_mask", "host")
+OPERATIONS = ("attention", "step", "add_mask", "host")
 DTYPES = ("float32", "bfloat16", "float16")
 PREVIOUS = ("empty", "half")
 MANY = ("K", "S", "dtype", "previous", "q_scale")
@@ -21,6 +21,8 @@ MANY = ("K", "S", "dtype", "previous", "q_scale")
 AT_MOST = {
     "dense_ratio": "x dense",
     "extra_mib": " MiB",
+    "append_us": " us (append)",
+    "build_ratio": "x dense prefill (build)",
     "host_us": " us (call)",
     "api_us": " us (sparse_attention)",
 }
@@ -36,7 +38,8 @@ class Case:
 
     Attributes:
         suite, name: where it comes from and what it is called.
-        op: ``"attention"``: the whole call against dense SDPA; ``"add_mask"``: the last masker's ``add_mask``;
+        op: ``"attention"``: the whole call against dense SDPA; ``"step"``: a decode step with side data kept of all keys
+            but the last, which is appended; ``"add_mask"``: the last masker's ``add_mask``;
             ``"host"``: time of the host and memory of an eager call.
         B, H, G, Q, K, D: sizes; ``S`` in the file stands for Q = K.
         dtype: of queries, keys and values.

@@ -71,13 +71,13 @@ def bracket_kernel(
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
 def emit_kernel(
-    scores, ranking, limits, stats, edges, inside, tally, K, B, stride, chunks, first, first_share, last, last_share,
+    scores, ranking, limits, stats, edges, inside, places, tally, K, B, stride, chunks, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     REDUCE: tl.constexpr, CHUNK: tl.constexpr, SLOT: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One selection row, one chunk of keys: the first ``SLOT`` candidates inside the bracket, packed as
-    ``value << 32 | position``, to ``inside [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``.
-    A group's values are written to ``ranking [E, stride]`` first."""
+    """One selection row, one chunk of keys: values and positions of the first ``SLOT`` candidates inside the bracket, to
+    ``inside`` and ``places [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``. A group's
+    values are written to ``ranking [E, stride]`` first."""
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = R if REDUCE == "none" else B * G * Q
@@ -107,8 +107,9 @@ def emit_kernel(
     m_inside = (b_i >= low) & (b_i < high) & (b_i > NO_CANDIDATE)
     b_rank = tl.cumsum(m_inside.to(tl.int32), 0) - 1
     o_out = (i_e.to(tl.int64) * chunks + i_c) * SLOT + b_rank
-    b_pack = (b_i.to(tl.int64) << 32) | o_k.to(tl.int64)
-    tl.store(inside + o_out, b_pack, mask=m_inside & (b_rank < SLOT))
+    m_kept = m_inside & (b_rank < SLOT)
+    tl.store(inside + o_out, b_i, mask=m_kept)
+    tl.store(places + o_out, o_k, mask=m_kept)
     tl.store(tally + i_e.to(tl.int64) * chunks + i_c, tl.sum(m_above.to(tl.int32)))
     tl.store(tally + E.to(tl.int64) * chunks + i_e.to(tl.int64) * chunks + i_c, tl.sum(m_inside.to(tl.int32)))
 
@@ -157,7 +158,7 @@ def whole_cut(ranking, i_e, K, stride, first_end, last_start, room, BLOCK: tl.co
     do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share", "size", "share"]
 )
 def cut_kernel(
-    ranking, limits, edges, inside, tally, cuts, offsets, counts, K, B, stride, chunks,
+    ranking, limits, edges, inside, places, tally, cuts, offsets, counts, K, B, stride, chunks,
     first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLOT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -181,10 +182,9 @@ def cut_kernel(
     cut, tie = NO_CANDIDATE + 1, K + 0
     b_taken = b_above
     if (room < candidates) & (above < room) & (room <= above + held) & (tl.max(b_inside) <= SLOT):
-        p_in = inside + (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
+        o_in = (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
         m_in = m_c[:, None] & (o_s[None, :] < b_inside[:, None])
-        b_pack = tl.load(p_in, mask=m_in, other=0)
-        b_i = tl.where(m_in, (b_pack >> 32).to(tl.int32), NO_CANDIDATE)
+        b_i = tl.load(inside + o_in, mask=m_in, other=NO_CANDIDATE)
         cut, count = cut_of(b_i, room - above)
         b_same = tl.sum((b_i == cut).to(tl.int32), 1)
         b_more = tl.sum((b_i > cut).to(tl.int32), 1)
@@ -193,8 +193,7 @@ def cut_kernel(
             b_before = tl.cumsum(b_same, 0) - b_same
             b_take = tl.minimum(tl.maximum(spare - b_before, 0), b_same)
             b_rank = tl.cumsum((b_i == cut).to(tl.int32), 1) + b_before[:, None]
-            b_at = tl.where((b_i == cut) & (b_rank == spare), (b_pack & 0xFFFFFFFF).to(tl.int32), 0)
-            tie = tl.max(b_at)
+            tie = tl.max(tl.load(places + o_in, mask=(b_i == cut) & (b_rank == spare), other=0))
             b_taken += b_more + b_take
         else:
             b_taken += b_more + b_same

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from sah_transformers.kernels.decode.kernel import (
 )
 from sah_transformers.selections import Estimated, Pages
 
-F32, I32, I64 = torch.float32, torch.int32, torch.int64
+F32, I32 = torch.float32, torch.int32
 
 
 @dataclass
@@ -197,13 +197,14 @@ def attend_keys(work: Work) -> None:
             "scores": (scored * stride, F32), "peaked": (scored * pieces, F32), "masses": (2 * scored * pieces, F32),
             "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
             "ranking": (work.selections * stride if grouped else 1, F32),
-            "inside": (work.selections * chunks * t.slot, I64), "tally": (2 * work.selections * chunks, I32),
+            "inside": (work.selections * chunks * t.slot, I32),
+            "places": (work.selections * chunks * t.slot, I32), "tally": (2 * work.selections * chunks, I32),
             "cuts": (2 * work.selections, I32), "offsets": (work.selections * chunks, I32),
             "lists": (work.selections * longest, I32), "unused": (1, F32), **own,
         }
     )  # fmt: skip
     mask, look = see(x, plan, launch, s["limits"])
-    scoring = replace_arrays(scoring, s, mask, look)
+    scoring = with_arrays(scoring, s, mask, look)
     of_method = {name: s[name] for name in own}
     method.look_up(launch, scoring, work.side, work.given, of_method)
     method.score(launch, scoring, work.side, work.given, of_method, tile)
@@ -223,11 +224,11 @@ def attend_keys(work: Work) -> None:
     )  # fmt: skip
     launch(
         emit_kernel, (chunks, work.selections, 1), s["scores"], ranking, s["limits"], s["stats"], s["edges"],
-        s["inside"], s["tally"], *numbers, chunks, *work.bands,
+        s["inside"], s["places"], s["tally"], *numbers, chunks, *work.bands,
         **kinds, CHUNK=chunk, SLOT=t.slot, HEADS=side_by_side, warps=t.chunk_warps,
     )  # fmt: skip
     launch(
-        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["tally"], s["cuts"],
+        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["places"], s["tally"], s["cuts"],
         s["offsets"], s["counts"], *numbers, chunks, *work.bands, *work.size,
         **work.sighted, ROWS=rows, CHUNKS=most_chunks, SLOT=t.slot, CHUNK=chunk, BLOCK=4096, warps=t.cut_warps,
     )  # fmt: skip
@@ -239,9 +240,8 @@ def attend_keys(work: Work) -> None:
     work.gather(s, mask, look, None, s["lists"], longest, 1)
 
 
-def replace_arrays(scoring: Scoring, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
-    from dataclasses import replace
-
+def with_arrays(scoring: Scoring, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
+    """The scoring with its arrays, once their sizes are known."""
     return replace(
         scoring, mask=mask, look=look, limits=s["limits"], lines=s["unused"], scores=s["scores"],
         histogram=s["unused"], peaks=s["peaked"], aboves=s["unused"], masses=s["masses"],
