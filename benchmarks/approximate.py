@@ -22,32 +22,24 @@ from sah_transformers.maskers.top_k import TopKMaskerConfig
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "head": [
-        {},
-        {"select_warps": 8},
-        {"select_warps": 32},
         {"score_pages": 32},
         {"score_pages": 128, "score_warps": 8},
-        {"score_pages": 128},
+        {"score_pages": 32, "score_warps": 2},
         {"head_programs": 2048},
         {"head_programs": 1024},
         {"head_keys": 16, "head_programs": 2048},
-        {"head_keys": 16, "head_programs": 2048, "head_registers": 96},
-        {"head_keys": 64, "head_warps": 2, "head_programs": 1024},
-        {"head_keys": 128, "head_warps": 4, "head_programs": 528},
         {"head_registers": 128},
+        {"head_keys": 64, "head_warps": 2, "head_programs": 1024},
     ],
     "group": [
-        {},
-        {"select_warps": 8},
-        {"select_warps": 32},
         {"group_programs": 528},
         {"group_programs": 396},
-        {"group_programs": 132},
         {"group_keys": 32, "group_programs": 528},
         {"group_keys": 128, "group_programs": 264},
         {"group_stages": 1},
+        {"group_stages": 1, "group_programs": 512},
         {"group_stages": 3},
-        {"group_keys": 32, "group_warps": 2, "group_programs": 528},
+        {"group_keys": 32, "group_warps": 2, "group_programs": 512, "group_stages": 1},
     ],
 }
 
@@ -87,7 +79,7 @@ def main() -> None:
             config = case.maskers[-1]
             assert isinstance(config, TopKMaskerConfig)
             for changes in VARIANTS[config.gqa]:
-                measure(case, changes, dense=False, stages=not changes or "select_warps" in changes)
+                measure(case, changes, dense=False, stages=True)
 
 
 if __name__ == "__main__":
