@@ -185,7 +185,7 @@ def cut_kernel(
         o_in = (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
         m_in = m_c[:, None] & (o_s[None, :] < b_inside[:, None])
         b_i = tl.load(inside + o_in, mask=m_in, other=NO_CANDIDATE)
-        cut, count = cut_of(b_i, room - above)
+        cut, count = cut_of(b_i, room - above, held)
         b_same = tl.sum((b_i == cut).to(tl.int32), 1)
         b_more = tl.sum((b_i > cut).to(tl.int32), 1)
         if count > room - above:

@@ -30,8 +30,9 @@ def fold_pages_kernel(
     p_k = k + (i_bg // G).to(tl.int64) * (sk_b * UNIT) + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
     p_k += o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
     b_k = tl.load(p_k, mask=m_k[:, None] & m_d[None, :], other=0.0)
-    b_low = tl.reduce(tl.where(m_k[:, None], b_k, float("inf")), 0, smaller)
-    b_high = tl.reduce(tl.where(m_k[:, None], b_k, float("-inf")), 0, larger)
+    m_nan = tl.sum((b_k != b_k).to(tl.int32), 0) > 0
+    b_low = tl.where(m_nan, float("nan"), tl.min(tl.where(m_k[:, None], b_k, float("inf")), 0))
+    b_high = tl.where(m_nan, float("nan"), tl.max(tl.where(m_k[:, None], b_k, float("-inf")), 0))
     o_out = (i_bg.to(tl.int64) * capacity + i_p) * D + o_d
     if i_p * PAGE < start:
         b_low = smaller(b_low, tl.load(low + o_out, mask=m_d, other=0.0))

@@ -86,7 +86,7 @@ def select_pages_kernel(
     scores, limits, flags, lists, counts, K, B, P, stride, scaling,
     first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pages of one selection row, ascending: ``lists [E, stride]``, ``counts [E]``.
 
@@ -109,21 +109,30 @@ def select_pages_kernel(
         m_held = tl.maximum(o_p * PAGE, first_end) < tl.minimum((o_p + 1) * PAGE, last_start)
         own = (n + PAGE - 1) // PAGE - 1
     if GROUP:
-        b_v = tl.zeros([PAGES], tl.float32)
         m_seen = m_seen & (o_p != own)
-        for i_h in range(H // G):
-            i_r = ((i_e // Q) * (H // G) + i_h) * Q + i_q
-            b_s = tl.load(scores + i_r.to(tl.int64) * stride + o_p, mask=m_seen, other=float("-inf")) * scaling
-            peak = tl.max(b_s)
-            b_w = tl.where(m_seen, tl.exp(b_s - tl.where(peak == float("-inf"), 0.0, peak)), 0.0)
-            b_v += b_w / tl.maximum(tl.sum(b_w), 1.0)
+        b_v = tl.zeros([PAGES], tl.float32)
+        for i_h in range(0, H // G, HEADS):
+            o_h = i_h + tl.arange(0, HEADS)
+            m_s = (o_h < H // G)[:, None] & m_seen[None, :]
+            i_r = ((i_e // Q) * (H // G) + o_h) * Q + i_q
+            b_s = tl.load(scores + i_r[:, None].to(tl.int64) * stride + o_p[None, :], mask=m_s, other=float("-inf"))
+            b_s = tl.where(m_s, b_s * scaling, float("-inf"))
+            b_peak = tl.max(b_s, 1)
+            b_w = tl.where(m_s, tl.exp(b_s - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, None]), 0.0)
+            b_v += tl.sum(b_w / tl.maximum(tl.sum(b_w, 1), 1.0)[:, None], 0)
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * stride + o_p, mask=o_p < P, other=float("-inf"))
-    own_held = tl.max((m_held & (o_p == own)).to(tl.int32))
+    if MASKED:
+        own_held = tl.max((m_held & (o_p == own)).to(tl.int32))
+    else:
+        own_held = (tl.maximum(own * PAGE, first_end) < tl.minimum((own + 1) * PAGE, last_start)).to(tl.int32)
     share = tl.cast(share, tl.int64).to(tl.float64, bitcast=True)
     budget = tl.maximum((n.to(tl.float64) * share).to(tl.int32), size)
-    room = budget // PAGE + (budget % PAGE > 0).to(tl.int32) - own_held
-    m_taken = best_of(rankable(b_v, m_held & (o_p != own)), room) | (m_held & (o_p == own))
+    room = tl.maximum(budget // PAGE + (budget % PAGE > 0).to(tl.int32) - own_held, 0)
+    m_held = m_held & (o_p < P)
+    candidates = tl.sum(m_held.to(tl.int32)) - own_held
+    m_own = m_held & (o_p == own)
+    m_taken = best_of(rankable(b_v, m_held & (o_p != own)), room, candidates) | m_own
     b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
     tl.store(lists + i_e.to(tl.int64) * stride + b_rank, o_p, mask=m_taken)
-    tl.store(counts + i_e, tl.sum(m_taken.to(tl.int32)))
+    tl.store(counts + i_e, tl.minimum(room, candidates) + own_held)

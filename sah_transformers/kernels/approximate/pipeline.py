@@ -149,11 +149,13 @@ def attend_pages(work: Work) -> None:
         pages, capacity, stride, *x.q.stride()[:3],
         **plan.shape, **plan.dims, BM=plan.bm, BN=t.score_pages, warps=t.score_warps,
     )  # fmt: skip
+    most_pages = power_of_2(-(-plan.keys // page))
     launch(
         select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["flags"], s["lists"], s["counts"],
         work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
-        **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=power_of_2(-(-plan.keys // page)),
-        warps=t.select_warps,
+        **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
+        HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
+        warps=t.select_warps if most_pages <= 8192 else 32,
     )  # fmt: skip
     work.gather(s, mask, look, slots, s["lists"], stride, page)
 

@@ -11,7 +11,7 @@ class Tuning:
 
     Attributes:
         score_pages, score_warps: pages per program of the bounds.
-        select_warps: of the program that selects a row's pages.
+        select_warps, select_scores: of the program that selects a row's pages; heads' scores that it holds at once.
         flag_pages: pages per program that looks a mask up.
         head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
             registers per thread at most.
@@ -22,7 +22,8 @@ class Tuning:
 
     score_pages: int = 64
     score_warps: int = 4
-    select_warps: int = 16
+    select_warps: int = 8
+    select_scores: int = 2**15
     flag_pages: int = 128
     head_keys: int = 32
     head_warps: int = 1
@@ -30,7 +31,7 @@ class Tuning:
     head_registers: int | None = None
     group_keys: int = 64
     group_warps: int = 4
-    group_programs: int = 264
+    group_programs: int = 396
     group_stages: int = 2
     samples: int = 1024
     sample_warps: int = 8
