@@ -11,37 +11,56 @@ from typing import Any
 
 import torch
 
-from sah_transformers.attention import run
+from sah_transformers.attention import make_call, run
 from sah_transformers.bench.dense import dense_functions
 from sah_transformers.bench.inputs import Step, tensors
 from sah_transformers.bench.suites import Case, load_suite
 from sah_transformers.bench.timing import compare, stage_us
 from sah_transformers.kernels.approximate import pipeline
 from sah_transformers.kernels.decode.kernel import PLANS
-from sah_transformers.maskers.top_k import TopKMaskerConfig
+from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
+from sah_transformers.rows import dot
+from sah_transformers.selections import Estimated, Selection
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "head": [
-        {"score_pages": 32},
-        {"score_pages": 128, "score_warps": 8},
-        {"score_pages": 32, "score_warps": 2},
-        {"head_programs": 2048},
-        {"head_programs": 1024},
-        {"head_keys": 16, "head_programs": 2048},
-        {"head_registers": 128},
-        {"head_keys": 64, "head_warps": 2, "head_programs": 1024},
-    ],
+    "head": [{"select_warps": 16}],
     "group": [
-        {"group_programs": 528},
-        {"group_programs": 396},
-        {"group_keys": 32, "group_programs": 528},
-        {"group_keys": 128, "group_programs": 264},
-        {"group_stages": 1},
-        {"group_stages": 1, "group_programs": 512},
-        {"group_stages": 3},
-        {"group_keys": 32, "group_warps": 2, "group_programs": 512, "group_stages": 1},
+        {"select_warps": 8, "select_scores": 2**14},
+        {"select_warps": 16, "select_scores": 2**14},
+        {"select_warps": 16, "select_scores": 2**15},
+        {"select_warps": 8, "select_scores": 2**13},
     ],
 }
+KEYS: list[dict[str, Any]] = [{}, {"slot": 256, "cut_warps": 32}, {"chunk": 2048, "slot": 256}, {"sample_warps": 4}]
+
+
+class Ranked(TopKMasker):
+    """Keys by their exact score, said in the words of an estimate: what the stages after the scores cost."""
+
+    def score(self, queries: Any, keys: Any, values: Any, ctx: Any) -> Any:
+        return dot(queries, keys) * ctx.scaling
+
+    def describe(self) -> Selection:
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", "softmax", "exact")
+
+
+def measure_keys(case: Case, whole: bool, changes: dict[str, Any]) -> None:
+    """The stages of a selection of single keys; ``whole``: of scores that are few whole numbers."""
+    original = pipeline.tuning_of
+    PLANS.clear()
+    pipeline.tuning_of = lambda *sizes: replace(original(*sizes), **changes)
+    q, k, v = tensors(case, "cuda")
+    if whole:
+        q, k = q.sign(), k.sign()
+    config = case.maskers[-1]
+    assert isinstance(config, TopKMaskerConfig)
+    bands = [MaskerRegistry.create_masker(one) for one in case.maskers[:-1]]
+    call = make_call(q, k, v, [*bands, Ranked(TopKMaskerConfig(config.heavy_size, config.gqa))], kernel="triton")
+    times = compare({"ours": lambda: run(call)[0]}, True, 0.3)
+    print("keys", config.gqa, "whole" if whole else "", changes, round(times["ours"].p50 * 1e3, 1), flush=True)
+    print("   ", stage_us(lambda: run(call)[0], True), flush=True)
+    pipeline.tuning_of = original
 
 
 def measure(case: Case, changes: dict[str, Any], dense: bool, stages: bool) -> None:
@@ -75,6 +94,11 @@ def main() -> None:
             measure(case, {}, dense=True, stages=True)
         if "--variants" not in sys.argv:
             return
+        for case in cases:
+            for changes in KEYS:
+                measure_keys(case, False, changes)
+            measure_keys(case, True, {})
+            measure_keys(case, True, {"slot": 256, "cut_warps": 32})
         for case in cases:
             config = case.maskers[-1]
             assert isinstance(config, TopKMaskerConfig)
