@@ -58,26 +58,31 @@ def bracket_kernel(
             b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
         else:
             b_v = tl.sum(tl.where(m_h[:, None], b_s, 0.0), 0)
-    b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic; a bracket need not be exact
+    if REDUCE == "softmax":
+        b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
     wanted = size_of(n, size, share)
     candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
     low, high = count_bracket(b_v, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
     bad = (low != low) | (high != high) | (tl.sum(m_k.to(tl.int32)) == 0)
-    low = tl.where(bad, 0.0, tl.minimum(tl.maximum(low, -2.1e9), 2.1e9))
-    high = tl.where(bad, 0.0, tl.minimum(tl.maximum(high, -2.1e9), 2.1e9))
-    tl.store(edges + i_e, tl.floor(low).to(tl.int32))
-    tl.store(edges + E + i_e, tl.floor(high).to(tl.int32) + 1)
+    if REDUCE == "softmax":
+        low, high = tl.where(bad, 0.0, tl.maximum(low, 0.0)), tl.where(bad, 0.0, tl.minimum(high, 2.1e9))
+        low, high = tl.floor(low).to(tl.int32), tl.floor(high).to(tl.int32) + 1
+    else:
+        low, high = sortable(tl.where(bad, 0.0, low)), sortable(tl.where(bad, 0.0, high)) + 1
+    tl.store(edges + i_e, low)
+    tl.store(edges + E + i_e, high)
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
 def emit_kernel(
-    scores, ranking, limits, stats, edges, inside, places, tally, K, B, stride, chunks, first, first_share, last, last_share,
+    scores, ranking, limits, stats, edges, inside, places, tally, K, B, stride, chunks,
+    first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     REDUCE: tl.constexpr, CHUNK: tl.constexpr, SLOT: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One selection row, one chunk of keys: values and positions of the first ``SLOT`` candidates inside the bracket, to
-    ``inside`` and ``places [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``. A group's
-    values are written to ``ranking [E, stride]`` first."""
+    """One selection row, one chunk of keys: values and positions of the first ``SLOT`` candidates inside the bracket,
+    to ``inside`` and ``places [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``. A
+    group's values are written to ``ranking [E, stride]`` first."""
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = R if REDUCE == "none" else B * G * Q

@@ -6,7 +6,7 @@ A method is a module with four functions and two constants:
 - ``why_not(masker)``: what its kernels do not cover, or "".
 - ``scratch(call, side, given)``: ``{name: (size, dtype)}`` of the arrays that ``look_up`` fills.
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
-- ``score(launch, call, side, given, scratch, tile)``: the scores and what each chunk of keys holds (``launch.Scoring``).
+- ``score(launch, call, side, given, scratch, tile)``: scores and what each chunk of keys holds (`launch.Scoring`).
 - ``append(buffers, keys, values, start, given)``: side data of new keys, in place.
 """
 
