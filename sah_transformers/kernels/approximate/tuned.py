@@ -18,7 +18,8 @@ class Tuning:
             registers per thread at most.
         group_keys, group_warps, group_programs, group_stages: the same of a group.
         samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
-        slot, cut_warps: keys of a chunk inside the bracket that the cut holds in registers; its warps.
+        slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
+            half as many do; its warps.
     """
 
     score_pages: int = 64
@@ -39,7 +40,7 @@ class Tuning:
     sample_warps: int = 8
     chunk: int = 1024
     chunk_warps: int = 4
-    slot: int = 128
+    slot: int = 256
     cut_warps: int = 16
 
 
