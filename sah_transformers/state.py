@@ -259,8 +259,8 @@ class LayerState:
                     made[config], have = prepared, 0  # what was kept so far was made without it
                 side = {**prepared.data, "ready": prepared.ready}
             data = None
-            if not in_place(masker, keys, have, self._side.get(config), self.padded, context):
-                part = replace(context, positions=positions[:, have:], side=side)
+            part = replace(context, positions=positions[:, have:], side=side)
+            if not in_place(masker, keys, have, self._side.get(config), self.padded, part):
                 data = masker.append(keys[:, :, have:], values[:, :, have:], part)
                 check_side(masker, data, keys, keys.shape[2] - have, heads, self._side.get(config))
             appended[config] = masker, have, data
@@ -287,7 +287,7 @@ class LayerState:
                     buffer.crop(have)
                 buffer.reserve(total)
             prepared = self._prepared.get(masker.config)
-            part = replace(context, side={} if prepared is None else prepared.data)
+            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
             known = positions if self.padded else None
             append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part)
             for buffer in buffers.values():

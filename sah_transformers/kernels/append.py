@@ -32,8 +32,15 @@ def in_place(
     selection = masker.describe()
     if isinstance(selection, Pages):
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
-    known = isinstance(selection, Estimated) and selection.estimate in METHODS and bool(buffers)
-    return known and not method_of(selection.estimate).why_not(masker)  # type: ignore[union-attr]
+    if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
+        return False
+    return not method_of(selection.estimate).why_not(given_of(masker, selection, keys, context), keys.shape[3])
+
+
+def given_of(masker: Masker, selection: Estimated, keys: torch.Tensor, context: Context) -> Any:
+    """What the estimate's kernels need beside the side data; what was prepared is in ``context.side``."""
+    queries = keys.new_empty(keys.shape[0], context.heads, 0, keys.shape[3])
+    return method_of(selection.estimate).given_of(masker, queries, context)
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -62,7 +69,7 @@ def append_in_place(
         if isinstance(selection, Pages):
             fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
         elif isinstance(selection, Estimated):
-            given = masker.given(context, keys.shape[3], keys.device)
+            given = given_of(masker, selection, keys, context)
             method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
 
 

@@ -84,14 +84,6 @@ class Masker(ABC):
         """The selection in words that kernels understand, or None for the reference only."""
         return None
 
-    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
-        """What the kernels of ``selections.Estimated`` need beside the side data: weights of the layer's local heads.
-
-        Args:
-            ctx: layer and heads; dim: the head dimension.
-        """
-        return None
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Side data of new keys, stored on the cache and handed back as ``ctx.side``.
 

@@ -9,7 +9,7 @@ run. Shapes, dtypes and limits are those of `kernels.decode`; the stack is first
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,7 +41,7 @@ def why_not(call: Call) -> str:
         low = call.side[-1]["low"]
         inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
         return "" if inside else "the page bounds are not contiguous"
-    return method_of(stack.selection.estimate).why_not(call.maskers[-1])
+    return method_of(stack.selection.estimate).why_not(given_of(call, stack.selection), call.keys.shape[3])
 
 
 def stack_of(call: Call) -> SideStack | str:
@@ -49,15 +49,21 @@ def stack_of(call: Call) -> SideStack | str:
     return read_side_stack([masker.describe() for masker in call.maskers], call.keys.shape[2])
 
 
+def given_of(call: Call, selection: Estimated) -> Any:
+    """What the estimate's kernels need beside the side data."""
+    context = replace(call.context, side=call.side[-1])
+    return method_of(selection.estimate).given_of(call.maskers[-1], call.queries, context)
+
+
 def attend(call: Call) -> torch.Tensor:
     """Attention of a call that ``why_not`` has nothing against, ``[B, Q, H, Dv]``."""
     from sah_transformers.kernels.approximate.pipeline import attend_rows
 
-    stack, context, masker = stack_of(call), call.context, call.maskers[-1]
+    stack, context = stack_of(call), call.context
     assert not isinstance(stack, str)
     inputs = inputs_of(call, stack.stack)
     if context.padded and inputs.mask is None:  # rows that see the padding too: pages do not count it
         inputs = replace(inputs, mask=torch.ones(1, 1, call.shape[3], dtype=torch.bool, device=call.keys.device))
-    given = masker.given(context, call.keys.shape[3], call.keys.device)
+    given = given_of(call, stack.selection) if isinstance(stack.selection, Estimated) else None
     with on_device(call.queries):
         return attend_rows(inputs, stack.selection, call.side[-1], given, context.positions)
