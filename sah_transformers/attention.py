@@ -201,6 +201,7 @@ def make_call(
         softcap=softcap,
         heads=heads,
         head_offset=head_offset,
+        fast=kernel != "reference",
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
     stateful = [masker for masker in maskers if masker.needs_state]
@@ -208,11 +209,13 @@ def make_call(
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total
         positions = state.update(stateful, keys, values, heads, min(new, total), visibility.real(), context)
+        context = replace(context, padded=state.padded)
         side = [state.side(masker) if masker.needs_state else {} for masker in maskers]
     elif any(masker.needs_positions for masker in maskers):
         real = visibility.real()
         everything = torch.ones(batch, total, dtype=torch.bool, device=keys.device)
         positions = positions_of(everything if real is None else real.expand(batch, -1))
+        context = replace(context, padded=real is not None)
     else:
         positions = None
     if positions is not None:

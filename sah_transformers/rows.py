@@ -21,6 +21,8 @@ class Context:
         heads: query heads, H.
         head_offset: global number of the first local query head (tensor parallel).
         positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
+        padded: whether some keys may be no real tokens; False: each key's position is its place.
+        fast: whether kernels may write side data.
         side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
     """
 
@@ -30,6 +32,8 @@ class Context:
     heads: int = 1
     head_offset: int = 0
     positions: torch.Tensor | None = None
+    padded: bool = False
+    fast: bool = False
     side: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ without a description always takes the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sah_transformers.budget import Budget
 
@@ -47,4 +48,35 @@ class Mass:
     group: bool
 
 
-Selection = First | Last | Everything | Best | Mass
+@dataclass(frozen=True)
+class Pages:
+    """All visible keys of the ``ceil(budget / size)`` pages of ``size`` real tokens with the highest bounds, among
+    those that hold a candidate, the row's own first; per KV head (summed softmax of the other pages' bounds) if
+    ``group``.
+
+    The side data are ``low`` and ``high``, the elementwise bounds of a page's keys.
+    """
+
+    budget: Budget
+    group: bool
+    size: int
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """The ``budget`` candidates with the highest estimated score; per KV head by the sum of the heads' scores, or of
+    their softmax (``reduce``), if ``group``.
+
+    Attributes:
+        estimate: how a score is computed from the side data, by the name that kernels know it under.
+        options: numbers that tell estimates of one name apart, as far as they are fixed in the config.
+    """
+
+    budget: Budget
+    group: bool
+    reduce: Literal["softmax", "sum"]
+    estimate: str
+    options: tuple[tuple[str, float], ...] = ()
+
+
+Selection = First | Last | Everything | Best | Mass | Pages | Estimated

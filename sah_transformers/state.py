@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sah_transformers.kernels.append import append_in_place, in_place
 from sah_transformers.rows import Context
 
 if TYPE_CHECKING:
@@ -35,15 +36,19 @@ class SideBuffer:
         """The stored data, ``[B, heads, length, ...]``."""
         return self.storage[:, :, : self.length]
 
-    def append(self, new: torch.Tensor) -> None:
-        """Add ``new [B, heads, n, ...]`` behind the stored keys."""
-        total = self.length + new.shape[2]
+    def reserve(self, total: int) -> None:
+        """Make room for ``total`` keys."""
         if total > self.storage.shape[2]:
             room = max(total, int(self.storage.shape[2] * GROWTH) + 16)
             grown = self.storage.new_empty((*self.storage.shape[:2], room, *self.storage.shape[3:]))
             grown[:, :, : self.length] = self.view()
             self.storage = grown
         self.storage = writable(self.storage)
+
+    def append(self, new: torch.Tensor) -> None:
+        """Add ``new [B, heads, n, ...]`` behind the stored keys."""
+        total = self.length + new.shape[2]
+        self.reserve(total)
         self.storage[:, :, self.length : total] = new
         self.length = total
 
@@ -72,11 +77,8 @@ class PageBuffer:
         """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
         return self.storage[:, :, : self.pages]
 
-    def append(self, new: torch.Tensor, positions: torch.Tensor, length: int) -> None:
-        """Fold ``new [B, heads, n, ...]`` at ``positions [B, n]`` (-1: nowhere) into their pages.
-
-        Folding a key again changes nothing. ``length``: keys in all, an upper bound of the positions.
-        """
+    def reserve(self, length: int) -> None:
+        """Make room for the pages of ``length`` keys."""
         self.pages = max(self.pages, -(-length // self.size))
         if self.pages > self.storage.shape[2]:
             room = max(self.pages, int(self.storage.shape[2] * GROWTH) + 4)
@@ -84,13 +86,25 @@ class PageBuffer:
             grown[:, :, : self.storage.shape[2]] = self.storage
             self.storage = grown
         self.storage = writable(self.storage)
+
+    def append(self, new: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        """Fold ``new [B, heads, n, ...]`` at ``positions [B, n]`` (-1: nowhere) into their pages.
+
+        Folding a key again changes nothing. ``length``: keys in all, an upper bound of the positions.
+        """
+        self.reserve(length)
         page = torch.where(positions < 0, 0, positions // self.size)[:, None]
         page = page.view(*page.shape, *[1] * (new.dim() - 3)).expand(new.shape)
         hidden = (positions < 0)[:, None].view(positions.shape[0], 1, positions.shape[1], *[1] * (new.dim() - 3))
         self.storage.scatter_reduce_(2, page, new.masked_fill(hidden, self.identity), self.fold)
 
-    def crop(self, length: int, real: torch.Tensor) -> None:
-        """Forget every page that is not full of the ``real [B, length]`` keys that stay."""
+    def crop(self, length: int, real: torch.Tensor | None) -> None:
+        """Forget every page that is not full of the ``real [B, length]`` keys (None: all) that stay."""
+        if real is None:
+            self.storage = writable(self.storage)
+            self.storage[:, :, length // self.size :] = self.identity
+            self.pages = min(self.pages, -(-length // self.size))
+            return
         full = real.sum(-1) // self.size
         stale = torch.arange(self.storage.shape[2], device=real.device) >= full[:, None]
         stale = stale.view(stale.shape[0], 1, stale.shape[1], *[1] * (self.storage.dim() - 3))
@@ -104,10 +118,14 @@ class PageBuffer:
 
 @dataclass
 class Prepared:
-    """What a masker made once of each sequence (codebooks): ``data [B, ...]`` per name, where ``ready [B]``."""
+    """What a masker made once of each sequence (codebooks): ``data [B, ...]`` per name, where ``ready [B]``.
+
+    ``complete``: the host knows that all are ready, and need not ask the device again.
+    """
 
     data: dict[str, torch.Tensor]
     ready: torch.Tensor
+    complete: bool = False
 
     def merged(self, data: dict[str, torch.Tensor], ready: torch.Tensor) -> Prepared:
         """The same with what is ready now and was not before."""
@@ -135,17 +153,16 @@ class LayerState:
         self._side: dict[MaskerConfig, dict[str, SideBuffer | PageBuffer]] = {}
         self._prepared: dict[MaskerConfig, Prepared] = {}
         self._lengths: dict[MaskerConfig, int] = {}
-        self._real: SideBuffer | None = None  # bool [B, 1, K]
-
-    @property
-    def batch(self) -> int | None:
+        self._positions: SideBuffer | None = None  # int64 [B, 1, K]; None while all keys are real tokens
+        self.batch: int | None = None
         """Sequences that the side data belong to; None while there are none."""
-        return None if self._real is None else self._real.storage.shape[0]
+        self.length = 0
+        """Keys that the state has seen."""
 
     @property
-    def length(self) -> int:
-        """Keys that the state has seen."""
-        return 0 if self._real is None else self._real.length
+    def padded(self) -> bool:
+        """Whether some of the keys may be no real tokens."""
+        return self._positions is not None
 
     def side(self, masker: Masker) -> dict[str, torch.Tensor]:
         """Side data of ``masker``: one tensor ``[B, heads, K or pages, ...]`` per name that ``append`` returned, those
@@ -185,56 +202,117 @@ class LayerState:
         if self.batch not in (None, batch):
             self.reset()
         self.crop(total - new)
-        start = self.length
-        fresh = torch.ones(batch, total - start, dtype=torch.bool, device=keys.device)
+        start, before = self.length, self._positions
+        try:
+            positions = self._place(batch, total, real, keys.device)
+            appended, made = self._appended(maskers, keys, values, heads, positions, context)
+        except Exception:
+            self._positions = before
+            if before is not None:
+                before.crop(start)
+            raise
+        self._prepared.update(made)  # nothing is stored before every masker has succeeded
+        for masker, have, data in appended:
+            self._store(masker, data, keys, values, have, positions, context)
+            self._lengths[masker.config] = total
+        self.batch, self.length = batch, total
+        return positions
+
+    def _place(self, batch: int, total: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Positions of ``total`` keys, int64 ``[B, K]``; those of new keys are stored if some may be no real token."""
+        if real is None and self._positions is None:
+            return counting(total, device).expand(batch, -1)
+        start, count = self.length, torch.zeros((), dtype=torch.int64, device=device)
+        if self._positions is None:
+            self._positions = SideBuffer(counting(start, device).expand(batch, 1, -1))
+        fresh = torch.ones(batch, total - start, dtype=torch.bool, device=device)
         if real is not None:
             fresh = real[:, start:].expand(batch, -1)
-        known = fresh if self._real is None else torch.cat([self._real.view()[:, 0], fresh], dim=1)
-        positions = positions_of(known)
-        appended: dict[MaskerConfig, tuple[Masker, int, dict[str, torch.Tensor]]] = {}
+        if start:
+            count = self._positions.view()[:, 0].amax(-1, keepdim=True) + 1
+        self._positions.append(positions_of(fresh, count)[:, None])
+        return self._positions.view()[:, 0]
+
+    @torch.no_grad()
+    def _appended(
+        self,
+        maskers: Sequence[Masker],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: int,
+        positions: torch.Tensor,
+        context: Context,
+    ) -> tuple[list[tuple[Masker, int, dict[str, torch.Tensor] | None]], dict[MaskerConfig, Prepared]]:
+        """What there is to store: per masker (keys it has, side data of the others, or None where a kernel writes them
+        in place), and what was prepared now."""
+        appended: dict[MaskerConfig, tuple[Masker, int, dict[str, torch.Tensor] | None]] = {}
         made: dict[MaskerConfig, Prepared] = {}
-        with torch.no_grad():
-            for masker in maskers:
-                config = masker.config
-                if config in appended:  # the same masker may stand in the stack twice
-                    continue
-                have = self._lengths.get(config, 0)
-                side: dict[str, torch.Tensor] = {}
-                prepared = self._prepare(masker, keys, values, replace(context, positions=positions, side={}))
-                if prepared is not None:
-                    if prepared is not self._prepared.get(config):
-                        made[config], have = prepared, 0  # what was kept so far was made without it
-                    side = {**prepared.data, "ready": prepared.ready}
-                part = replace(context, positions=positions[:, have:], side=side)
+        for masker in maskers:
+            config = masker.config
+            if config in appended:  # the same masker may stand in the stack twice
+                continue
+            have = self._lengths.get(config, 0)
+            side: dict[str, torch.Tensor] = {}
+            prepared = self._prepare(masker, keys, values, replace(context, positions=positions, side={}))
+            if prepared is not None:
+                if prepared is not self._prepared.get(config):
+                    made[config], have = prepared, 0  # what was kept so far was made without it
+                side = {**prepared.data, "ready": prepared.ready}
+            data = None
+            part = replace(context, positions=positions[:, have:], side=side)
+            if not in_place(masker, keys, have, self._side.get(config), self.padded, part):
                 data = masker.append(keys[:, :, have:], values[:, :, have:], part)
-                check_side(masker, data, keys, total - have, heads, self._side.get(config))
-                appended[config] = masker, have, data
-        self._prepared.update(made)  # nothing is stored before every masker has succeeded
-        for config, (masker, have, data) in appended.items():
-            buffers, pages = self._side.setdefault(config, {}), masker.pages()
-            for name, tensor in data.items():
-                if name in pages:
-                    if name not in buffers:
-                        buffers[name] = PageBuffer(tensor, *pages[name])
-                    buffers[name].append(tensor, positions[:, have:], total)  # type: ignore[call-arg]
-                elif name in buffers:
-                    buffer = buffers[name]
-                    assert isinstance(buffer, SideBuffer)
+                check_side(masker, data, keys, keys.shape[2] - have, heads, self._side.get(config))
+            appended[config] = masker, have, data
+        return list(appended.values()), made
+
+    def _store(
+        self,
+        masker: Masker,
+        data: dict[str, torch.Tensor] | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        have: int,
+        positions: torch.Tensor,
+        context: Context,
+    ) -> None:
+        """Put the side data of the keys from ``have`` on into their buffers."""
+        buffers, pages, total = self._side.setdefault(masker.config, {}), masker.pages(), keys.shape[2]
+        if data is None:
+            for name, (size, fold) in pages.items():
+                if name not in buffers:
+                    buffers[name] = PageBuffer(keys, size, fold)
+            for buffer in buffers.values():
+                if isinstance(buffer, SideBuffer):
                     buffer.crop(have)
-                    buffer.append(tensor)
-                else:
-                    buffers[name] = SideBuffer(tensor)
-            self._lengths[config] = total
-        if self._real is None:
-            self._real = SideBuffer(fresh[:, None].clone())
-        else:
-            self._real.append(fresh[:, None])
-        return positions
+                buffer.reserve(total)
+            prepared = self._prepared.get(masker.config)
+            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
+            known = positions if self.padded else None
+            append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part)
+            for buffer in buffers.values():
+                if isinstance(buffer, SideBuffer):
+                    buffer.length = total
+            return
+        for name, tensor in data.items():
+            if name in pages:
+                if name not in buffers:
+                    buffers[name] = PageBuffer(tensor, *pages[name])
+                buffers[name].append(tensor, positions[:, have:], total)  # type: ignore[call-arg]
+            elif name in buffers:
+                buffer = buffers[name]
+                assert isinstance(buffer, SideBuffer)
+                buffer.crop(have)
+                buffer.append(tensor)
+            else:
+                buffers[name] = SideBuffer(tensor)
 
     def _prepare(self, masker: Masker, keys: torch.Tensor, values: torch.Tensor, context: Context) -> Prepared | None:
         """What ``masker`` makes once of each sequence: the stored object itself where nothing is new."""
         known = self._prepared.get(masker.config)
-        if known is not None and bool(known.ready.all()):
+        if known is not None and not known.complete:
+            known.complete = bool(known.ready.all())
+        if known is not None and known.complete:
             return known
         if known is not None:
             context = replace(context, side={"ready": known.ready})
@@ -248,16 +326,18 @@ class LayerState:
 
     def crop(self, length: int) -> None:
         """Forget the keys behind the first ``length``; without any left, what was prepared as well."""
-        if length >= self.length or self._real is None:
+        if length >= self.length:
             return
-        self._real.crop(length)
-        real = self._real.view()[:, 0]
+        self.length, real = length, None
+        if self._positions is not None:
+            self._positions.crop(length)
+            real = self._positions.view()[:, 0] >= 0
         for config, buffers in self._side.items():
             kept = min(self._lengths.get(config, 0), length)
             for buffer in buffers.values():
                 if isinstance(buffer, PageBuffer):
                     buffer.crop(length, real)
-                    kept = min(kept, first_of_open_page(real, buffer.size))
+                    kept = min(kept, first_of_open_page(real, length, buffer.size))
             for buffer in buffers.values():
                 if isinstance(buffer, SideBuffer):
                     buffer.crop(kept)
@@ -268,10 +348,13 @@ class LayerState:
     def reorder(self, index: torch.Tensor) -> None:
         """Take the sequences ``index`` of the batch (beam search, batch selection)."""
         self._map_batch(lambda t: t[index.to(t.device)])
+        if self.batch is not None:
+            self.batch = int(index.sum()) if index.dtype == torch.bool else index.numel()
 
     def repeat(self, times: int) -> None:
         """Repeat every sequence ``times`` times, copies next to each other."""
         self._map_batch(lambda t: t.repeat_interleave(times, dim=0))
+        self.batch = None if self.batch is None else self.batch * times
 
     def to(self, device: torch.device | str) -> None:
         """Move the side data."""
@@ -283,7 +366,7 @@ class LayerState:
 
     def _buffers(self) -> list[SideBuffer | PageBuffer | Prepared]:
         own = [buffer for buffers in self._side.values() for buffer in buffers.values()]
-        return [*own, *self._prepared.values(), *([] if self._real is None else [self._real])]
+        return [*own, *self._prepared.values(), *([] if self._positions is None else [self._positions])]
 
     def _map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for buffer in self._buffers():
@@ -324,8 +407,13 @@ class State:
         self.layers.clear()
 
 
-def first_of_open_page(real: torch.Tensor, size: int) -> int:
-    """The lowest key, over all sequences ``real [B, K]``, of a page of ``size`` real tokens that is not full."""
+def first_of_open_page(real: torch.Tensor | None, length: int, size: int) -> int:
+    """The lowest of ``length`` keys, over all sequences, of a page of ``size`` real tokens that is not full.
+
+    ``real``: bool ``[B, length]``, or None for all.
+    """
+    if real is None:
+        return length // size * size
     start = real.sum(-1, keepdim=True) // size * size
     return int((real.cumsum(-1) <= start).sum(-1).min()) if real.numel() else 0
 
@@ -335,9 +423,24 @@ def writable(storage: torch.Tensor) -> torch.Tensor:
     return storage.clone() if storage.is_inference() and not torch.is_inference_mode_enabled() else storage
 
 
-def positions_of(real: torch.Tensor) -> torch.Tensor:
-    """Number of each key among its sequence's real tokens: int64 ``[B, K]`` from bool, -1 for padding."""
-    return (real.cumsum(-1) - 1).masked_fill(~real, -1)
+def positions_of(real: torch.Tensor, before: torch.Tensor | int = 0) -> torch.Tensor:
+    """Number of each key among its sequence's real tokens: int64 ``[B, K]`` from bool, -1 for padding.
+
+    ``before``: real tokens ``[B, 1]`` that come before these keys.
+    """
+    return (real.cumsum(-1) + (before - 1)).masked_fill(~real, -1)
+
+
+def counting(length: int, device: torch.device) -> torch.Tensor:
+    """0, 1, 2, ...: int64 ``[length]``; a view of numbers that all states of a device share and none writes."""
+    known = _numbers.get(device)
+    if known is None or len(known) < length:
+        with torch.inference_mode(False):
+            known = _numbers[device] = torch.arange(max(1024, int(length * GROWTH)), device=device)
+    return known[:length]
+
+
+_numbers: dict[torch.device, torch.Tensor] = {}
 
 
 def check_side(

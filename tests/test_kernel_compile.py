@@ -30,6 +30,14 @@ FORMS = {
     "float32 D=80": {"dtype": torch.float32, "D": 80},
     "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
 }
+SIDE = {
+    "quest": {"type": "quest", "heavy_size": 0.05},
+    "quest per KV head": {"type": "quest", "heavy_size": 0.05, "gqa": "group"},
+    "quest, pages of 7": {"type": "quest", "heavy_size": 100, "page_size": 7},
+    "keys": ("none", 0.05),
+    "keys per KV head": ("softmax", 0.05),
+    "keys summed": ("sum", 0.05),
+}
 MASKS = {
     "256 keys": {"K": 256},
     "1,024 keys, previous": {"K": 1024, "previous": True, "dtype": torch.float32},
@@ -82,6 +90,62 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
         kernel.decode_rows(inputs)
     finally:
         kernel.Launcher = launcher
+    return recorded
+
+
+def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
+    """What one decode call with a selection by side data would launch, the append included."""
+    from sah_transformers.kernels import append
+    from sah_transformers.kernels.approximate import fold, pipeline
+    from sah_transformers.kernels.approximate.stack import read_side_stack
+    from sah_transformers.kernels.decode.kernel import Inputs
+    from sah_transformers.maskers import MaskerRegistry
+    from sah_transformers.selections import Estimated, First
+
+    recorded = []
+
+    class Recorder(pipeline.Launcher):
+        def __call__(self, kernel, grid, *args, warps=4, cap=None, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {} if cap is None else {"maxnreg": cap}))
+
+    class Direct:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, num_warps, **constants):
+                recorded.append(Launch(self.kernel, args, constants, num_warps, {}))
+
+            return launch
+
+    def tensor(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    chosen, side = SIDE[stack], {}
+    if isinstance(chosen, tuple):
+        selection = Estimated(chosen[1], chosen[0] != "none", chosen[0] if chosen[0] != "none" else "sum", "exact")
+    else:
+        selection = MaskerRegistry.create_masker(chosen).describe()
+        side = {name: tensor(B, G, -(-K // selection.size), D) for name in ("low", "high")}
+    read = read_side_stack([First(128), selection], K)
+    keys, mask = tensor(B, G, K, D), tensor(B, Q, K, dtype=torch.bool) if masked else None
+    positions = tensor(B, K, dtype=torch.int64)
+    inputs = Inputs(
+        q=tensor(B, H, Q, D), k=keys, v=tensor(B, G, K, D), mask=mask, sinks=tensor(H) if masked else None,
+        causal=True, scaling=0.1, softcap=softcap, least=0, stack=read.stack,
+    )  # fmt: skip
+    launcher, pipeline.Launcher = pipeline.Launcher, Recorder
+    kernels = {name: getattr(fold, name) for name in ("fold_pages_kernel", "fold_keys_kernel")}
+    try:
+        for name, one in kernels.items():
+            setattr(fold, name, Direct(one))
+        pipeline.attend_rows(inputs, selection, side, None, positions)
+        if side:
+            append.fold(side["low"], side["high"], keys, K - 1, positions if masked else None, selection.size)
+    finally:
+        pipeline.Launcher = launcher
+        for name, one in kernels.items():
+            setattr(fold, name, one)
     return recorded
 
 
@@ -157,6 +221,12 @@ def main(architectures, verbose):
                     result = compiled(launch, architecture)
                     used = resources(result) if verbose else ""
                     print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
+        for stack in SIDE:
+            for form, options in FORMS.items():
+                for launch in side_launches(stack, **options):
+                    result = compiled(launch, architecture)
+                    used = resources(result) if verbose else ""
+                    print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
         for form, options in MASKS.items():
             for launch in mask_launches(**options):
                 result = compiled(launch, architecture)
@@ -199,7 +269,7 @@ def test_every_kernel_compiles(architecture):
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 45
+    assert run.stdout.count("compiled") >= 150
 
 
 if __name__ == "__main__":

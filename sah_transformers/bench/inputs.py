@@ -8,6 +8,7 @@ from sah_transformers.attention import Call, make_call
 from sah_transformers.bench.suites import Case
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.state import LayerState
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -32,6 +33,28 @@ def call_of(case: Case, inputs: Tensors, kernel: str, start: int = 0, stop: int 
     reach = stop + case.K - case.Q
     maskers = [MaskerRegistry.create_masker(config) for config in case.maskers]
     return make_call(q[:, :, start:stop], k[:, :, :reach], v[:, :, :reach], maskers, kernel=kernel)
+
+
+class Step:
+    """A decode step, to be run again and again: the state has seen all keys but the step's."""
+
+    def __init__(self, case: Case, inputs: Tensors, kernel: str):
+        self.case, self.inputs, self.kernel = case, inputs, kernel
+        self.maskers = [MaskerRegistry.create_masker(config) for config in case.maskers]
+        self.state = LayerState()
+        q, k, v = inputs
+        self.before = case.K - case.Q
+        make_call(q[:, :, :1], k[:, :, : self.before], v[:, :, : self.before], self.maskers, layer_state=self.state)
+
+    def call(self) -> Call:
+        """The step's call, its keys appended. Appending them again writes what is there."""
+        self.state.length = self.before
+        self.state._lengths = dict.fromkeys(self.state._lengths, self.before)
+        return make_call(*self.inputs, self.maskers, layer_state=self.state, kernel=self.kernel)
+
+    def side_bytes(self) -> int:
+        """Side data of all keys."""
+        return round(self.state.bytes_per_key() * self.case.B * self.case.K)
 
 
 def previous_mask(case: Case, device: str) -> Mask | None:

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 
 from sah_transformers import sparse_attention
-from sah_transformers.attention import run
+from sah_transformers.attention import make_call, run
 from sah_transformers.bench.check import Checked, CheckFailed, check_attention, check_mask
 from sah_transformers.bench.dense import dense_functions
-from sah_transformers.bench.inputs import Tensors, call_of, previous_mask, tensors
+from sah_transformers.bench.inputs import Step, Tensors, call_of, previous_mask, tensors
 from sah_transformers.bench.suites import AT_MOST, Case
 from sah_transformers.bench.timing import SECONDS, Function, Times, compare, first_call, host_us, stage_us
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.selections import First, Last
+from sah_transformers.state import LayerState
 
 CPU_SECONDS = 0.3
 """Of sampling a case on a CPU, where figures are no measure of anything but that it runs."""
+
+MOST_PREFILL = 2**15
+"""Keys up to which building side data is compared with a dense prefill."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ def run_case(case: Case, setup: Setup) -> Result:
     result = Result(case)
     try:
         with torch.no_grad():
-            {"attention": _attention, "add_mask": _add_mask, "host": _host, "step": _step}[case.op](result, setup)
+            operations = {
+                "attention": _attention, "layer_step": _layer_step, "add_mask": _add_mask, "host": _host, "step": _step
+            }  # fmt: skip
+            operations[case.op](result, setup)
     except CheckFailed as error:
         result.status, result.note = "FAILED", str(error)
     except Exception as error:  # out of memory, a kernel that does not compile: the other cases go on
@@ -130,6 +137,45 @@ def _attention(result: Result, setup: Setup) -> None:
     result.checked = check_attention(case, inputs, call, out)
     dense = dense_functions(inputs)
     _time(result, setup, ours, dense, _attention_bytes(case, inputs, result.checked.kept), out)
+
+
+def _layer_step(result: Result, setup: Setup) -> None:
+    case = result.case
+    inputs = tensors(case, setup.device)
+    queries, keys, values = inputs
+    step = Step(case, inputs, setup.kernel)
+
+    def ours() -> torch.Tensor:
+        return run(step.call())[0]
+
+    out, extra = first_call(ours, setup.cuda)
+    if extra is not None:
+        result.measures["extra_mib"] = extra
+    result.checked = check_attention(case, inputs, step.call(), out)
+    grouped = any(getattr(masker.config, "gqa", "head") == "group" for masker in step.maskers)
+    row = case.D * (keys.element_size() + values.element_size())
+    moved = step.side_bytes() + int(case.B * (case.G if grouped else case.H) * result.checked.kept * row)
+    _time(result, setup, ours, dense_functions(inputs), moved + 2 * queries.nbytes, out)
+    seconds = 0.3 if setup.cuda else CPU_SECONDS
+    append = compare({"append": step.call}, setup.cuda, seconds)["append"]
+    result.measures["append_us"] = append.p50 * 1e3
+    if case.K <= MOST_PREFILL:
+        _build(result, setup, step)
+
+
+def _build(result: Result, setup: Setup, step: Step) -> None:
+    """Side data of all keys at once, against the dense attention of a prompt of that many."""
+    case, (_, keys, values) = result.case, step.inputs
+
+    def build() -> Any:
+        queries = step.inputs[0][:, :, :1]
+        return make_call(queries, keys, values, step.maskers, layer_state=LayerState(), kernel=setup.kernel)
+
+    prompt = torch.randn(case.B, case.H, case.K, case.D, dtype=keys.dtype, device=keys.device)
+    dense = dense_functions((prompt, keys, values))
+    times = compare({"build": build, **dense}, setup.cuda, 0.5 if setup.cuda else CPU_SECONDS)
+    result.measures["build_ms"] = times.pop("build").p50
+    result.measures["build_ratio"] = result.measures["build_ms"] / min(each.p50 for each in times.values())
 
 
 def _add_mask(result: Result, setup: Setup) -> None:

@@ -12,7 +12,7 @@ from sah_transformers.config import parse_stack, presets_folder, read_plain
 from sah_transformers.maskers import MaskerConfig
 from sah_transformers.spelling import unknown_name
 
-OPERATIONS = ("attention", "add_mask", "host", "step")
+OPERATIONS = ("attention", "layer_step", "add_mask", "host", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 PREVIOUS = ("empty", "half")
 MANY = ("K", "S", "dtype", "previous", "q_scale")
@@ -21,6 +21,8 @@ MANY = ("K", "S", "dtype", "previous", "q_scale")
 AT_MOST = {
     "dense_ratio": "x dense",
     "extra_mib": " MiB",
+    "append_us": " us (append)",
+    "build_ratio": "x dense prefill (build)",
     "host_us": " us (call)",
     "api_us": " us (sparse_attention)",
     "gpu_ms": " ms (GPU)",
@@ -39,8 +41,9 @@ class Case:
 
     Attributes:
         suite, name: where it comes from and what it is called.
-        op: ``"attention"``: the whole call against dense SDPA; ``"add_mask"``: the last masker's ``add_mask``;
-            ``"host"``: time of the host and memory of an eager call; ``"step"``: a decode step of a whole model.
+        op: ``"attention"``: the whole call against dense SDPA; ``"layer_step"``: the same with side data of all keys
+            but the last, which is appended; ``"add_mask"``: the last masker's ``add_mask``; ``"host"``: time of the
+            host and memory of an eager call; ``"step"``: a decode step of a whole model.
         B, H, G, Q, K, D: sizes; ``S`` in the file stands for Q = K.
         dtype: of queries, keys and values.
         maskers: the stack.

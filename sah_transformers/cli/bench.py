@@ -22,8 +22,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="decode, prefill, mask_update, add_mask, host, step, smoke, plot, or YAML files. Default: all with "
-            "targets but step, which builds a model of 8B parameters; smoke on a CPU."
+            help="decode, approximate, prefill, mask_update, add_mask, host, step, smoke, plot, or YAML files. "
+            "Default: all with targets but step, which builds a model of 8B parameters; smoke on a CPU."
         ),
     ] = None,
     only: Annotated[str | None, typer.Option(help="Only cases whose label contains this text.")] = None,

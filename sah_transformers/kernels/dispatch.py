@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels import decode, prefill, select
+from sah_transformers.kernels import approximate, decode, prefill, select
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -33,6 +33,8 @@ def fast_attention(call: Call) -> torch.Tensor | None:
         ValueError: for ``kernel="triton"``, with the reason why no kernel takes the call.
     """
     if call.queries.shape[2] <= decode.MOST_QUERIES:
+        if approximate.by_side_data(call):
+            return _attempt(call, "approximate", approximate.why_not, approximate.attend)
         return _attempt(call, "decode", decode.why_not, decode.decode_checked)
     return _attempt(call, "prefill", prefill.why_not, prefill.prefill)
 

@@ -12,6 +12,7 @@ from sah_transformers.kernels.select import select_top_k
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig, group_counts
 from sah_transformers.rows import Context, Rows, by_group, dot
+from sah_transformers.selections import Pages, Selection
 from sah_transformers.state import Fold
 
 
@@ -42,6 +43,9 @@ class QuestTopKMasker(TopKMasker):
     """
 
     config: QuestTopKMaskerConfig
+
+    def describe(self) -> Selection:
+        return Pages(self.config.heavy_size, self.config.gqa == "group", self.config.page_size)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         return {"low": keys, "high": keys}

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
-from sah_transformers.kernels.decode.stack import read_stack
+from sah_transformers.kernels.decode.stack import Stack, read_stack
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
+    from sah_transformers.kernels.decode.kernel import Inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_QUERIES = 16
@@ -27,11 +29,20 @@ MOST_KEYS = 2**20
 MOST_SCRATCH = 2**30
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-__all__ = ["decode", "decode_checked", "why_not"]
+__all__ = ["decode", "decode_checked", "unfit", "why_not"]
 
 
 def why_not(call: Call) -> str:
     """Why these kernels cannot take ``call``, or "" when they can."""
+    reason = unfit(call)
+    if reason:
+        return reason
+    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
+    return stack if isinstance(stack, str) else ""
+
+
+def unfit(call: Call) -> str:
+    """Why no kernel for few queries can take ``call``, whatever its stack, or ""."""
     queries, keys, values = call.queries, call.keys, call.values
     sight = call.visibility
     if not HAS_TRITON:
@@ -72,8 +83,7 @@ def why_not(call: Call) -> str:
         return "learned sinks differ between sequences or rows, or need gradients"
     if call.min_keys > 1 and sight.is_prefix() and call.min_keys > keys.shape[2] - queries.shape[2] + 1:
         return f"rows see fewer than min_keys = {call.min_keys} keys"
-    stack = read_stack((masker.describe() for masker in call.maskers), queries.shape[1] // keys.shape[1])
-    return stack if isinstance(stack, str) else ""
+    return ""
 
 
 def decode(call: Call) -> torch.Tensor:
@@ -90,15 +100,23 @@ def decode(call: Call) -> torch.Tensor:
 
 def decode_checked(call: Call) -> torch.Tensor:
     """``decode`` of a call that ``why_not`` has nothing against."""
-    from sah_transformers.kernels.decode.kernel import Inputs, decode_rows
+    from sah_transformers.kernels.decode.kernel import decode_rows
+
+    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
+    assert not isinstance(stack, str)
+    with on_device(call.queries):
+        return decode_rows(inputs_of(call, stack))
+
+
+def inputs_of(call: Call, stack: Stack) -> Inputs:
+    """The tensors and numbers of a call."""
+    from sah_transformers.kernels.decode.kernel import Inputs
 
     sight = call.visibility
     mask = sight.mask[:, 0] if sight.mask is not None else None
     if sight.valid is not None:
         mask = sight.valid[:, None]
-    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
-    assert not isinstance(stack, str)
-    inputs = Inputs(
+    return Inputs(
         q=call.queries,
         k=call.keys,
         v=call.values,
@@ -110,7 +128,10 @@ def decode_checked(call: Call) -> torch.Tensor:
         least=call.min_keys,
         stack=stack,
     )
-    if call.queries.is_cuda and torch.cuda.current_device() != call.queries.device.index:
-        with torch.cuda.device(call.queries.device):
-            return decode_rows(inputs)
-    return decode_rows(inputs)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, where kernels are launched."""
+    if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -81,14 +81,14 @@ class Plan:
 PLANS: dict[tuple, Plan] = {}
 
 
-def plan_of(x: Inputs) -> Plan:
-    """The plan of this class of shapes, made on its first call."""
+def plan_of(x: Inputs, *more: Any) -> Plan:
+    """The plan of this class of shapes (and of what else tells calls apart), made on its first call."""
     q, k, v, stack = x.q, x.k, x.v, x.stack
     qs, ks, vs = q.stride(), k.stride(), v.stride()
     bound = max(256, power_of_2(k.shape[2]))
     unit = 8 if not any(s % 8 for s in (*ks[:3], *vs[:3], q.shape[3], v.shape[3])) else 1
     key = (
-        stack, q.dtype, q.device.index, q.shape, k.shape[1], v.shape[3], bound, unit, qs, ks[2], vs[2],
+        more, stack, q.dtype, q.device.index, q.shape, k.shape[1], v.shape[3], bound, unit, qs, ks[2], vs[2],
         max(ks[0], vs[0]) < 2**31, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, x.causal,
         x.softcap is None, None if x.mask is None else (x.mask.stride(), x.mask.data_ptr() % 16),
         None if x.sinks is None else (x.sinks.dtype, x.sinks.data_ptr() % 16),

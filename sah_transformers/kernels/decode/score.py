@@ -29,6 +29,79 @@ def precise_scores(p_q, m_q, p_k, m_k, scaling, D: tl.constexpr, BD: tl.constexp
     return b_s * scaling
 
 
+@triton.jit
+def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """What ``BM`` of ``R`` rows have seen before their first tile: (peak, two tallies, the bracket's scale, offset).
+
+    Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. The tallies are
+    the masses of the candidates and of the bands with ``MASSES``, else the first is the number of candidates above the
+    bracket and the second unused.
+    """
+    b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
+    if MASSES:
+        b_one, b_two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+        scale, offset = 0.0, 0.0
+    else:
+        b_one, b_two = tl.zeros([BM, BN], tl.int32), 0
+        scale = tl.load(lines + o_r, mask=m_m, other=1.0)
+        offset = tl.load(lines + R + o_r, mask=m_m, other=0.0)
+    return b_peak, b_one, b_two, scale, offset
+
+
+@triton.jit
+def keep_tile(
+    b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach, first_end,
+    last_start, K, stride, sm_b, sm_q, sm_k,
+    Q: tl.constexpr, MASKED: tl.constexpr, MASSES: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of scores ``[BM, BN]``, -inf where invisible, and add it to (peak, two tallies), returned."""
+    m_s = o_k[None, :] < reach[:, None]
+    if MASKED:
+        if Q == 1:
+            p_mask = mask + i_b.to(tl.int64) * sm_b + o_k.to(tl.int64) * sm_k
+            m_s = m_s & (tl.load(p_mask, mask=o_k < K, other=0) != 0)[None, :]
+        else:
+            p_mask = (
+                mask + i_b.to(tl.int64) * sm_b + o_q[:, None].to(tl.int64) * sm_q + o_k[None, :].to(tl.int64) * sm_k
+            )
+            m_s = m_s & (tl.load(p_mask, mask=m_s, other=0) != 0)
+    b_s = tl.where(m_s, b_s, float("-inf"))
+    p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+    tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :])
+    m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
+    if MASSES:
+        b_new = tl.maximum(b_peak, b_s)
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_shrink, b_e = tl.exp(b_peak - b_safe), tl.exp(b_s - b_safe)
+        b_one = b_one * b_shrink + tl.where(m_free, b_e, 0.0)
+        b_two = b_two * b_shrink + tl.where(m_free, 0.0, b_e)
+        b_peak = b_new
+    else:
+        b_peak = tl.maximum(b_peak, b_s)
+        b_x = tl.fma(b_s, scale[:, None] + tl.zeros_like(b_s), offset[:, None] + tl.zeros_like(b_s))
+        m_above = m_free & (b_x >= BINS)
+        m_inside = m_free & (b_x >= 0) & (b_x < BINS) & m_m[:, None]
+        b_one += m_above.to(tl.int32)
+        p_bin = histogram + o_r[:, None].to(tl.int64) * BINS + tl.where(m_inside, b_x, 0.0).to(tl.int32)
+        tl.atomic_add(p_bin, 1, mask=m_inside, sem="relaxed")
+    return b_peak, b_one, b_two
+
+
+@triton.jit
+def close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES: tl.constexpr):
+    """Store what chunk ``i_c`` holds: ``peaks [R, chunks]`` and ``masses [2, R, chunks]`` or ``aboves [R, chunks]``."""
+    peak = tl.max(b_peak, 1)
+    o_out = o_r.to(tl.int64) * chunks + i_c
+    tl.store(peaks + o_out, peak, mask=m_m)
+    if MASSES:
+        b_shrink = tl.exp(b_peak - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        tl.store(masses + o_out, tl.sum(b_one * b_shrink, 1), mask=m_m)
+        o_out += R.to(tl.int64) * chunks
+        tl.store(masses + o_out, tl.sum(b_two * b_shrink, 1), mask=m_m)
+    else:
+        tl.store(aboves + o_out, tl.sum(b_one, 1), mask=m_m)
+
+
 @triton.jit(
     do_not_specialize=[
         "K",
@@ -76,13 +149,7 @@ def score_kernel(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
     reach = tl.minimum(reach_of(o_q, K, Q, CAUSAL), K)
-    b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
-    if MASSES:
-        b_free, b_band = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-    else:
-        b_above = tl.zeros([BM, BN], tl.int32)
-        scale = tl.load(lines + o_r, mask=m_m, other=1.0)
-        offset = tl.load(lines + B * H * Q + o_r, mask=m_m, other=0.0)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, B * H * Q, MASSES, BM, BN)
     for i_t in tl.range(0, TILES, num_stages=STAGES):
         o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
         p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
@@ -92,42 +159,8 @@ def score_kernel(
             b_k = tl.load(p_kt + o_d[None, :], mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
         b_s = capped(b_s, softcap, SOFTCAP)
-        m_s = o_k[None, :] < reach[:, None]
-        if MASKED:
-            if Q == 1:
-                p_mask = mask + i_b.to(tl.int64) * sm_b + o_k.to(tl.int64) * sm_k
-                m_s = m_s & (tl.load(p_mask, mask=o_k < K, other=0) != 0)[None, :]
-            else:
-                p_mask = (
-                    mask + i_b.to(tl.int64) * sm_b + o_q[:, None].to(tl.int64) * sm_q + o_k[None, :].to(tl.int64) * sm_k
-                )
-                m_s = m_s & (tl.load(p_mask, mask=m_s, other=0) != 0)
-        b_s = tl.where(m_s, b_s, float("-inf"))
-        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
-        tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :])
-        m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
-        if MASSES:
-            b_new = tl.maximum(b_peak, b_s)
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_shrink, b_e = tl.exp(b_peak - b_safe), tl.exp(b_s - b_safe)
-            b_free = b_free * b_shrink + tl.where(m_free, b_e, 0.0)
-            b_band = b_band * b_shrink + tl.where(m_free, 0.0, b_e)
-            b_peak = b_new
-        else:
-            b_peak = tl.maximum(b_peak, b_s)
-            b_x = tl.fma(b_s, scale[:, None] + tl.zeros_like(b_s), offset[:, None] + tl.zeros_like(b_s))
-            m_above = m_free & (b_x >= BINS)
-            m_inside = m_free & (b_x >= 0) & (b_x < BINS) & m_m[:, None]
-            b_above += m_above.to(tl.int32)
-            p_bin = histogram + o_r[:, None].to(tl.int64) * BINS + tl.where(m_inside, b_x, 0.0).to(tl.int32)
-            tl.atomic_add(p_bin, 1, mask=m_inside, sem="relaxed")
-    peak = tl.max(b_peak, 1)
-    o_out = o_r.to(tl.int64) * chunks + i_c
-    tl.store(peaks + o_out, peak, mask=m_m)
-    if MASSES:
-        b_shrink = tl.exp(b_peak - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
-        tl.store(masses + o_out, tl.sum(b_free * b_shrink, 1), mask=m_m)
-        o_out += (B * H * Q).to(tl.int64) * chunks
-        tl.store(masses + o_out, tl.sum(b_band * b_shrink, 1), mask=m_m)
-    else:
-        tl.store(aboves + o_out, tl.sum(b_above, 1), mask=m_m)
+        b_peak, b_one, b_two = keep_tile(
+            b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
+            first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
+        )  # fmt: skip
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, B * H * Q, MASSES)

@@ -1,0 +1,53 @@
+"""Every kernel on small shapes, for `compute-sanitizer --tool memcheck|racecheck python -m benchmarks.sanitize`.
+
+Each tensor has its own allocation (PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set here), so that reads beyond one are seen.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from sah_transformers import sparse_attention
+from sah_transformers.maskers import MaskerRegistry
+
+BANDS = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 8}]
+STACKS = {
+    "sink local": BANDS,
+    "top k": [*BANDS, {"type": "oracle_top_k", "heavy_size": 0.1}],
+    "top k of groups": [*BANDS, {"type": "oracle_top_k", "heavy_size": 0.1, "gqa": "group"}],
+    "top p": [*BANDS, {"type": "oracle_top_p", "top_p": 0.8}],
+    "peaked top p": [*BANDS, {"type": "oracle_top_p", "top_p": 0.1}],
+}
+
+
+def tensors(rows: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shapes = (2, 4, rows, 64), (2, 2, keys, 64), (2, 2, keys, 48)
+    q, k, v = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows, keys in ((1, 999), (3, 700), (130, 130), (70, 1300)):
+            q, k, v = tensors(rows, keys, dtype)
+            real = torch.arange(keys, device="cuda") >= torch.tensor([[0], [37]], device="cuda")
+            for name, stack in STACKS.items():
+                if rows > 16 and "groups" in name:
+                    continue
+                for mask in (None, real):
+                    sparse_attention(q, k, v, stack, attention_mask=mask, kernel="triton", return_mask=False)
+                    torch.cuda.synchronize()
+                print(f"{name}, {rows} x {keys}, {dtype}", flush=True)
+            masker = MaskerRegistry.create_masker(STACKS["top k"][-1])
+            masker.add_mask(k, q, v, is_causal=True, kernel="triton")
+            torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Side data of new keys, written in place by kernels: the same bits as ``Masker.append`` gives."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sah_transformers.kernels.approximate.methods import METHODS, method_of
+from sah_transformers.kernels.decode import HAS_TRITON, on_device
+from sah_transformers.selections import Estimated, Pages
+
+if TYPE_CHECKING:
+    from sah_transformers.maskers.base import Masker
+    from sah_transformers.rows import Context
+
+FEW_KEYS = 16
+"""New keys of padded sequences that one program folds into their pages one after the other."""
+
+
+def in_place(
+    masker: Masker, keys: torch.Tensor, have: int, buffers: dict[str, Any] | None, padded: bool, context: Context
+) -> bool:
+    """Whether ``append_in_place`` writes ``masker``'s side data of the keys from ``have`` on.
+
+    Args:
+        keys: ``[B, G, K, D]``; buffers: what is kept of earlier keys, or None; padded: some keys are no real tokens.
+    """
+    if not (context.fast and HAS_TRITON and runs_kernels(keys)) or keys.stride(3) != 1 or have == keys.shape[2]:
+        return False
+    selection = masker.describe()
+    if isinstance(selection, Pages):
+        return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
+    if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
+        return False
+    return not method_of(selection.estimate).why_not(given_of(masker, selection, keys, context), keys.shape[3])
+
+
+def given_of(masker: Masker, selection: Estimated, keys: torch.Tensor, context: Context) -> Any:
+    """What the estimate's kernels need beside the side data; what was prepared is in ``context.side``."""
+    queries = keys.new_empty(keys.shape[0], context.heads, 0, keys.shape[3])
+    return method_of(selection.estimate).given_of(masker, queries, context)
+
+
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels run where ``tensor`` is; in the interpreter, whose bfloat16 is wrong, only some."""
+    if tensor.is_cuda:
+        return not torch.version.hip and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1" and tensor.dtype != torch.bfloat16
+
+
+def append_in_place(
+    masker: Masker,
+    buffers: dict[str, torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    have: int,
+    positions: torch.Tensor | None,
+    context: Context,
+) -> None:
+    """Write the side data of the keys from ``have`` on.
+
+    Args:
+        buffers: storages ``[B, heads, >= K or pages, ...]``; positions: int64 ``[B, K]``, None where all are real.
+    """
+    selection = masker.describe()
+    with on_device(keys):
+        if isinstance(selection, Pages):
+            fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
+        elif isinstance(selection, Estimated):
+            given = given_of(masker, selection, keys, context)
+            method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
+
+
+def fold(
+    low: torch.Tensor, high: torch.Tensor, keys: torch.Tensor, have: int, positions: torch.Tensor | None, page: int
+) -> None:
+    """Fold the keys from ``have`` on into the bounds of their pages, ``[B, G, pages, D]``."""
+    from sah_transformers.kernels.approximate.fold import fold_keys_kernel, fold_pages_kernel
+    from sah_transformers.kernels.decode.kernel import power_of_2
+
+    batch, groups, total, dim = keys.shape
+    unit = 8 if not any(s % 8 for s in (*keys.stride()[:3], dim)) else 1
+    steps = [s // unit for s in keys.stride()[:3]]
+    common: dict[str, Any] = {"G": groups, "D": dim, "BD": power_of_2(dim), "UNIT": unit, "PAGE": page}
+    warps = max(1, min(4, power_of_2(page) * power_of_2(dim) // 2048))
+    if positions is None:
+        pages = -(-total // page) - have // page
+        fold_pages_kernel[pages, batch * groups](
+            keys, low, high, have, total, low.shape[2], *steps, **common, WIDE=power_of_2(page), num_warps=warps
+        )
+        return
+    fold_keys_kernel[(batch * groups,)](
+        keys, low, high, positions, have, total, low.shape[2], *steps, positions.stride(0), **common, num_warps=4
+    )

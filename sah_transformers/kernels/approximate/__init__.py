@@ -1,0 +1,69 @@
+"""Attention of few queries over what side data select: pages by their bounds, keys by estimated scores.
+
+Contract: ``attend(call)`` equals ``attention.run(call)[0]`` for every call that ``why_not`` has nothing against, up to
+the rounding of scores: exactly the budgeted number of pages or keys, of equal ones the lower, the same bits in every
+run. Shapes, dtypes and limits are those of `kernels.decode`; the stack is first and last keys, then one
+`selections.Pages` or `selections.Estimated`. Keys are read only where they are selected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.approximate.stack import SideStack, read_side_stack
+from sah_transformers.kernels.decode import inputs_of, on_device, unfit
+from sah_transformers.selections import Estimated, Pages
+
+if TYPE_CHECKING:
+    from sah_transformers.attention import Call
+
+__all__ = ["attend", "by_side_data", "why_not"]
+
+
+def by_side_data(call: Call) -> bool:
+    """Whether the call's last masker selects by side data, as these kernels do."""
+    return bool(call.maskers) and isinstance(call.maskers[-1].describe(), Pages | Estimated)
+
+
+def why_not(call: Call) -> str:
+    """Why these kernels cannot take ``call``, or "" when they can."""
+    reason = unfit(call)
+    if reason:
+        return reason
+    stack = stack_of(call)
+    if isinstance(stack, str):
+        return stack
+    if isinstance(stack.selection, Pages):
+        low = call.side[-1]["low"]
+        inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
+        return "" if inside else "the page bounds are not contiguous"
+    return method_of(stack.selection.estimate).why_not(given_of(call, stack.selection), call.keys.shape[3])
+
+
+def stack_of(call: Call) -> SideStack | str:
+    """The call's stack in these kernels' words, or why there is none."""
+    return read_side_stack([masker.describe() for masker in call.maskers], call.keys.shape[2])
+
+
+def given_of(call: Call, selection: Estimated) -> Any:
+    """What the estimate's kernels need beside the side data."""
+    context = replace(call.context, side=call.side[-1])
+    return method_of(selection.estimate).given_of(call.maskers[-1], call.queries, context)
+
+
+def attend(call: Call) -> torch.Tensor:
+    """Attention of a call that ``why_not`` has nothing against, ``[B, Q, H, Dv]``."""
+    from sah_transformers.kernels.approximate.pipeline import attend_rows
+
+    stack, context = stack_of(call), call.context
+    assert not isinstance(stack, str)
+    inputs = inputs_of(call, stack.stack)
+    if context.padded and inputs.mask is None:  # rows that see the padding too: pages do not count it
+        inputs = replace(inputs, mask=torch.ones(1, 1, call.shape[3], dtype=torch.bool, device=call.keys.device))
+    given = given_of(call, stack.selection) if isinstance(stack.selection, Estimated) else None
+    with on_device(call.queries):
+        return attend_rows(inputs, stack.selection, call.side[-1], given, context.positions)

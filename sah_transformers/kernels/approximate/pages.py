@@ -1,0 +1,138 @@
+"""Pages: their bounds for every row, which of them hold what a row sees, and the best of each row as a list."""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.approximate.best import best_of, rankable
+from sah_transformers.kernels.decode.limits import limits_of, reach_of
+
+
+@triton.jit(do_not_specialize=["P", "capacity", "stride"])
+def page_score_kernel(
+    q, low, high, scores, P, capacity, stride, sq_b, sq_h, sq_q,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """One KV head, ``BM`` of its rows, ``BN`` pages: the bounds ``sum_d max(q_d low_d, q_d high_d)``, ``[R, stride]``.
+
+    Pages without real tokens (``low > high``) count as zeros.
+    """
+    i_c, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < H // G * Q
+    o_q, o_h = o_m % Q, i_bg % G * (H // G) + o_m // Q
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
+    p_q = q + (i_bg // G).to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & m_d, other=0.0)
+    o_p = i_c * BN + tl.arange(0, BN)
+    o_in = (i_bg.to(tl.int64) * capacity + o_p[:, None]) * D + o_d[None, :]
+    m_in = (o_p < P)[:, None] & m_d
+    b_low = tl.load(low + o_in, mask=m_in, other=0.0)
+    b_high = tl.load(high + o_in, mask=m_in, other=0.0)
+    m_empty = b_low > b_high
+    b_low, b_high = tl.where(m_empty, 0.0, b_low).to(b_q.dtype), tl.where(m_empty, 0.0, b_high).to(b_q.dtype)
+    b_up, b_down = tl.where(b_q > 0, b_q, 0.0).to(b_q.dtype), tl.where(b_q < 0, b_q, 0.0).to(b_q.dtype)
+    b_s = tl.dot(b_up, tl.trans(b_high), input_precision="ieee")
+    b_s = tl.dot(b_down, tl.trans(b_low), b_s, input_precision="ieee")
+    p_s = scores + (i_bg * (H // G * Q) + o_m)[:, None].to(tl.int64) * stride + o_p[None, :]
+    tl.store(p_s, b_s, mask=m_m[:, None] & (o_p < stride)[None, :])
+
+
+@triton.jit(do_not_specialize=["K", "tokens", "sp_b"])
+def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr):
+    """Where each real token lies: ``slots [B, tokens]`` from ``positions [B, K]``; the rest stays as it is."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_p = tl.load(positions + i_b * sp_b + o_k, mask=o_k < K, other=-1)
+    tl.store(slots + i_b * tokens + b_p, o_k, mask=b_p >= 0)
+
+
+@triton.jit(do_not_specialize=["K", "B", "P", "tokens", "sm_b", "sm_q"])
+def flags_kernel(
+    mask, limits, slots, flags, K, B, P, tokens, sm_b, sm_q, sm_k,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One row of a mask, ``BN`` pages: ``flags [B*Q, P]``, 1 if the row sees a key of the page, + 2 if a candidate."""
+    i = tl.program_id(1)
+    i_b, i_q = (i // Q).to(tl.int64), i % Q
+    o_p = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_j = tl.arange(0, WIDE)[None, :]
+    o_t = o_p[:, None] * PAGE + o_j
+    b_slot = tl.load(slots + i_b * tokens + o_t, mask=(o_p < P)[:, None] & (o_j < PAGE), other=-1)
+    m = (b_slot >= 0) & (b_slot < reach_of(i_q, K, Q, CAUSAL)) & (b_slot < K)
+    m = m & (tl.load(mask + i_b * sm_b + i_q * sm_q + b_slot.to(tl.int64) * sm_k, mask=m, other=0) != 0)
+    first_end, last_start = tl.load(limits + B * Q + i), tl.load(limits + 2 * B * Q + i)
+    m_free = m & (b_slot >= first_end) & (b_slot < last_start)
+    b_f = tl.max(m.to(tl.int32) + 2 * m_free.to(tl.int32), 1)  # a page with a candidate has a visible key
+    tl.store(flags + i.to(tl.int64) * P + o_p, b_f, mask=o_p < P)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K",
+        "B",
+        "P",
+        "stride",
+        "first",
+        "first_share",
+        "last",
+        "last_share",
+        "size",
+        "share",
+    ]
+)
+def select_pages_kernel(
+    scores, limits, flags, lists, counts, K, B, P, stride, scaling,
+    first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """The pages of one selection row, ascending: ``lists [E, stride]``, ``counts [E]``.
+
+    ``ceil(budget / PAGE)`` pages of those that hold a candidate, the row's own first, then the highest bounds (of a
+    ``GROUP``: the highest sums of the heads' softmax over the pages they see but the own), the lower of equal ones.
+    """
+    i_e = tl.program_id(0)
+    E = B * G * Q if GROUP else B * H * Q
+    i_q, i_b = i_e % Q, i_e // (E // B)
+    n, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    o_p = tl.arange(0, PAGES)
+    if MASKED:
+        b_f = tl.load(flags + (i_b * Q + i_q).to(tl.int64) * P + o_p, mask=o_p < P, other=0)
+        m_seen, m_held = b_f >= 1, b_f >= 3
+        own = tl.max(tl.where(m_seen, o_p, -1))
+    else:
+        m_seen = o_p * PAGE < n
+        m_held = tl.maximum(o_p * PAGE, first_end) < tl.minimum((o_p + 1) * PAGE, last_start)
+        own = (n + PAGE - 1) // PAGE - 1
+    if GROUP:
+        m_seen = m_seen & (o_p != own)
+        b_v = tl.zeros([PAGES], tl.float32)
+        for i_h in range(0, H // G, HEADS):
+            o_h = i_h + tl.arange(0, HEADS)
+            m_s = (o_h < H // G)[:, None] & m_seen[None, :]
+            i_r = ((i_e // Q) * (H // G) + o_h) * Q + i_q
+            b_s = tl.load(scores + i_r[:, None].to(tl.int64) * stride + o_p[None, :], mask=m_s, other=float("-inf"))
+            b_s = tl.where(m_s, b_s * scaling, float("-inf"))
+            b_peak = tl.max(b_s, 1)
+            b_w = tl.where(m_s, tl.exp(b_s - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, None]), 0.0)
+            b_v += tl.sum(b_w / tl.maximum(tl.sum(b_w, 1), 1.0)[:, None], 0)
+    else:
+        b_v = tl.load(scores + i_e.to(tl.int64) * stride + o_p, mask=o_p < P, other=float("-inf"))
+    if MASKED:
+        own_held = tl.max((m_held & (o_p == own)).to(tl.int32))
+    else:
+        own_held = (tl.maximum(own * PAGE, first_end) < tl.minimum((own + 1) * PAGE, last_start)).to(tl.int32)
+    share = tl.cast(share, tl.int64).to(tl.float64, bitcast=True)
+    budget = tl.maximum((n.to(tl.float64) * share).to(tl.int32), size)
+    room = tl.maximum(budget // PAGE + (budget % PAGE > 0).to(tl.int32) - own_held, 0)
+    m_held = m_held & (o_p < P)
+    candidates = tl.sum(m_held.to(tl.int32)) - own_held
+    m_own = m_held & (o_p == own)
+    m_taken = best_of(rankable(b_v, m_held & (o_p != own)), room, candidates) | m_own
+    b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
+    tl.store(lists + i_e.to(tl.int64) * stride + b_rank, o_p, mask=m_taken)
+    tl.store(counts + i_e, tl.minimum(room, candidates) + own_held)

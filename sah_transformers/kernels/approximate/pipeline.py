@@ -1,0 +1,276 @@
+"""The launches of one call, in order, on the current stream; nothing here waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sah_transformers.kernels.approximate.cut import bracket_kernel, cut_kernel, emit_kernel, list_kernel
+from sah_transformers.kernels.approximate.gather import gather_group_kernel, gather_head_kernel
+from sah_transformers.kernels.approximate.launch import Scoring, Tile
+from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.approximate.pages import (
+    flags_kernel,
+    page_score_kernel,
+    select_pages_kernel,
+    slots_kernel,
+)
+from sah_transformers.kernels.approximate.tuned import Tuning, tuning_of
+from sah_transformers.kernels.decode.bands import merge_kernel
+from sah_transformers.kernels.decode.kernel import (
+    MOST_SPLITS,
+    POISON,
+    Inputs,
+    Launcher,
+    Plan,
+    Scratch,
+    bits_of,
+    budgets,
+    plan_of,
+    power_of_2,
+    see,
+)
+from sah_transformers.selections import Estimated, Pages
+
+F32, I32 = torch.float32, torch.int32
+
+
+@dataclass
+class Work:
+    """One call on its way through the stages.
+
+    Attributes:
+        x: tensors and numbers; side: side data by name, ``[B, heads, K or pages, ...]``; given: what the kernels of an
+            estimate need beside it.
+        positions: int64 ``[B, K]``, needed with a mask.
+        slots, memory: what must live until everything is launched.
+    """
+
+    x: Inputs
+    selection: Pages | Estimated
+    side: dict[str, torch.Tensor]
+    given: Any
+    positions: torch.Tensor | None
+    plan: Plan
+    launch: Launcher
+    out: torch.Tensor
+    slots: torch.Tensor | None = None
+    memory: Scratch | None = None
+
+    def __post_init__(self) -> None:
+        x = self.x
+        self.batch, self.heads, self.rows, _ = x.q.shape
+        self.groups, self.keys, self.value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+        self.all_rows = self.batch * self.heads * self.rows
+        self.selections = self.batch * self.groups * self.rows if self.selection.group else self.all_rows
+        self.shared = self.selection.group and self.heads > self.groups
+        self.tuning: Tuning = tuning_of(x.q.element_size(), max(self.plan.dims["BD"], self.plan.wide["BDV"]))
+        self.bands = budgets(x.stack)
+        self.size = (x.stack.size[0], bits_of(x.stack.size[1]))
+        self.sighted = {**self.plan.shape, **self.plan.sight}
+
+    def scratch(self, sizes: dict[str, tuple[int, torch.dtype]]) -> dict[str, Any]:
+        """The call's arrays; those that every stage shares are added."""
+        self.splits = self.split()
+        parts = self.all_rows * self.splits
+        shared = {
+            "limits": (5 * self.batch * self.rows, I32), "counts": (self.selections, I32),
+            "sums": (parts * self.value_dim, F32), "peaks": (parts, F32), "totals": (parts, F32),
+        }  # fmt: skip
+        self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, {**sizes, **shared})
+        return {name: scratch[name] for name in scratch.sizes}
+
+    def split(self) -> int:
+        """Parts that a row's keys are attended to in."""
+        t = self.tuning
+        rows, programs = (self.selections, t.group_programs) if self.shared else (self.all_rows, t.head_programs)
+        return max(1, min(MOST_SPLITS, programs // rows))
+
+    def gather(
+        self, s: dict[str, Any], mask: Any, look: tuple[int, ...], slots: Any, lists: Any, stride: int, page: int
+    ) -> None:
+        """Attend to the listed pages or keys and to the bands, and add the parts up."""
+        x, t, plan, launch = self.x, self.tuning, self.plan, self.launch
+        tokens = -(-self.keys // page) * page
+        wide = power_of_2(page)
+        at_once = t.group_keys if self.shared else t.head_keys
+        common = (
+            launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
+            lists if slots is None else slots, s["sums"], s["peaks"], s["totals"],
+            self.keys, self.batch, stride, tokens,
+            *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look, x.scaling, x.softcap or 1.0, *self.bands,
+        )  # fmt: skip
+        constants = {
+            **plan.shape, **plan.dims, **plan.wide, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit,
+            "SLOTS": slots is not None, "PAGE": page, "WIDE": wide, "UNITS": max(1, at_once // wide),
+        }  # fmt: skip
+        if self.shared:
+            launch(
+                gather_group_kernel, (self.splits, self.selections, 1), *common, **constants,
+                BM=max(16, power_of_2(self.heads // self.groups)), STAGES=t.group_stages, warps=t.group_warps,
+            )  # fmt: skip
+        else:
+            launch(
+                gather_head_kernel, (self.splits, self.all_rows, 1), *common, **constants,
+                warps=t.head_warps, cap=t.head_registers,
+            )  # fmt: skip
+        launch(
+            merge_kernel, (self.all_rows, 1, 1), s["sums"], s["peaks"], s["totals"],
+            launch.address(x.q if x.sinks is None else x.sinks), launch.address(self.out), self.splits,
+            H=self.heads, Q=self.rows, **plan.wide, SINKS=x.sinks is not None, BS=MOST_SPLITS,
+        )  # fmt: skip
+
+
+def attend_pages(work: Work) -> None:
+    """Bounds of the pages, the best of each row, attention over their keys."""
+    x, plan, launch, t = work.x, work.plan, work.launch, work.tuning
+    assert isinstance(work.selection, Pages)
+    page, low, high = work.selection.size, work.side["low"], work.side["high"]
+    pages, capacity = low.shape[2], low.stride(1) // low.shape[3]
+    stride = -(-pages // 16) * 16
+    masked = plan.sight["MASKED"]
+    s = work.scratch(
+        {
+            "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
+            "flags": (work.batch * work.rows * pages if masked else 1, I32),
+        }
+    )  # fmt: skip
+    mask, look = see(x, plan, launch, s["limits"])
+    slots = None
+    if masked:
+        slots = find_slots(work, pages * page)
+        wide = power_of_2(page)
+        at_once = max(1, t.flag_pages * 16 // wide)
+        launch(
+            flags_kernel, (-(-pages // at_once), work.batch * work.rows, 1), mask, s["limits"], slots, s["flags"],
+            work.keys, work.batch, pages, pages * page, *look,
+            Q=work.rows, CAUSAL=x.causal, PAGE=page, WIDE=wide, BN=at_once,
+        )  # fmt: skip
+    tiles = -(-work.heads // work.groups * work.rows // plan.bm)
+    launch(
+        page_score_kernel, (-(-pages // t.score_pages), work.batch * work.groups, tiles),
+        launch.address(x.q), launch.address(low), launch.address(high), s["scores"],
+        pages, capacity, stride, *x.q.stride()[:3],
+        **plan.shape, **plan.dims, BM=plan.bm, BN=t.score_pages, warps=t.score_warps,
+    )  # fmt: skip
+    most_pages = power_of_2(-(-plan.keys // page))
+    launch(
+        select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["flags"], s["lists"], s["counts"],
+        work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
+        **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
+        HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
+        warps=32 if most_pages > 8192 else t.group_select_warps if work.selection.group else t.select_warps,
+    )  # fmt: skip
+    work.gather(s, mask, look, slots, s["lists"], stride, page)
+
+
+def find_slots(work: Work, tokens: int) -> Any:
+    """Where each real token of a sequence lies: int32 ``[B, tokens]``, -1 behind the last."""
+    assert work.positions is not None
+    work.slots = slots = torch.full((work.batch, tokens), -1, dtype=I32, device=work.x.q.device)
+    work.launch(
+        slots_kernel, (-(-work.keys // 1024), work.batch, 1), work.launch.address(work.positions),
+        work.launch.address(slots), work.keys, tokens, work.positions.stride(0), BLOCK=1024,
+    )  # fmt: skip
+    return work.launch.address(slots)
+
+
+def attend_keys(work: Work) -> None:
+    """Estimated scores, the best keys of each row, attention over them."""
+    x, plan, launch, t, selection = work.x, work.plan, work.launch, work.tuning, work.selection
+    assert isinstance(selection, Estimated)
+    method = method_of(selection.estimate)
+    tile: Tile = method.TILES[0]
+    reduce = selection.reduce if selection.group else "none"
+    chunk = max(t.chunk, plan.keys // 256)
+    whole = max(chunk, tile.span)
+    stride = -(-work.keys // whole) * whole
+    pieces, chunks = stride // tile.span, -(-work.keys // chunk)
+    most_chunks = power_of_2(-(-plan.keys // chunk))
+    longest = min(work.keys, max(x.stack.size[0], int(x.stack.size[1] * work.keys)) + 1)
+    summed = reduce == "sum"
+    scored = work.selections if summed else work.all_rows
+    samples = t.samples * max(1, plan.keys // 2**17)
+    scoring = Scoring(
+        q=x.q, k=x.k, keys=work.keys, stride=stride, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
+        histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
+        masked=plan.sight["MASKED"], masses_too=True, bins=16, summed=summed,
+    )  # fmt: skip
+    own = method.scratch(scoring, work.side, work.given)
+    grouped = reduce == "softmax"
+    s = work.scratch(
+        {
+            "scores": (scored * stride, F32), "peaked": (scored * pieces, F32), "masses": (2 * scored * pieces, F32),
+            "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
+            "ranking": (work.selections * stride if grouped else 1, F32),
+            "inside": (work.selections * chunks * t.slot, I32),
+            "places": (work.selections * chunks * t.slot, I32), "tally": (2 * work.selections * chunks, I32),
+            "cuts": (2 * work.selections, I32), "offsets": (work.selections * chunks, I32),
+            "lists": (work.selections * longest, I32), "unused": (1, F32), **own,
+        }
+    )  # fmt: skip
+    mask, look = see(x, plan, launch, s["limits"])
+    scoring = with_arrays(scoring, s, mask, look)
+    of_method = {name: s[name] for name in own}
+    method.look_up(launch, scoring, work.side, work.given, of_method)
+    method.score(launch, scoring, work.side, work.given, of_method, tile)
+    inner = "none" if summed else reduce
+    numbers = (work.keys, work.batch, stride // 16)
+    rows = work.selections // work.batch
+    kinds: dict[str, Any] = {**work.sighted, "REDUCE": inner}
+    if summed:
+        kinds["H"] = work.groups
+    ranking = s["ranking"] if grouped else s["scores"]
+    side_by_side = power_of_2(work.heads // work.groups)
+    launch(
+        bracket_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
+        s["edges"], *numbers, pieces, *work.bands, *work.size,
+        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=samples, HEADS=side_by_side,
+        warps=t.sample_warps,
+    )  # fmt: skip
+    launch(
+        emit_kernel, (chunks, work.selections, 1), s["scores"], ranking, s["limits"], s["stats"], s["edges"],
+        s["inside"], s["places"], s["tally"], *numbers, chunks, *work.bands,
+        **kinds, CHUNK=chunk, SLOT=t.slot, HEADS=side_by_side, warps=t.chunk_warps,
+    )  # fmt: skip
+    launch(
+        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["places"], s["tally"],
+        s["cuts"], s["offsets"], s["counts"], *numbers, chunks, *work.bands, *work.size,
+        **work.sighted, ROWS=rows, CHUNKS=most_chunks, SLOT=t.slot, CHUNK=chunk, BLOCK=4096, warps=t.cut_warps,
+    )  # fmt: skip
+    launch(
+        list_kernel, (chunks, work.selections, 1), ranking, s["limits"], s["cuts"], s["offsets"], s["lists"],
+        *numbers, chunks, longest, *work.bands,
+        Q=work.rows, **plan.sight, ROWS=rows, CHUNK=chunk, warps=t.chunk_warps,
+    )  # fmt: skip
+    work.gather(s, mask, look, None, s["lists"], longest, 1)
+
+
+def with_arrays(scoring: Scoring, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
+    """The scoring with its arrays, once their sizes are known."""
+    return replace(
+        scoring, mask=mask, look=look, limits=s["limits"], lines=s["unused"], scores=s["scores"],
+        histogram=s["unused"], peaks=s["peaked"], aboves=s["unused"], masses=s["masses"],
+    )  # fmt: skip
+
+
+def attend_rows(
+    x: Inputs, selection: Pages | Estimated, side: dict[str, torch.Tensor], given: Any, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """``out [B, Q, H, Dv]`` of a checked call."""
+    batch, heads, rows, _ = x.q.shape
+    known = [(name, t.dtype, t.shape[1], *t.shape[3:], t.data_ptr() % 16) for name, t in side.items()]
+    strides = [(t.stride(0) % 16, t.stride(1) % 16, *t.stride()[2:]) for t in side.values()]
+    plan = plan_of(x, selection, *known, *strides)
+    out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
+    if POISON:
+        out.fill_(float("nan"))
+    work = Work(x, selection, side, given, positions, plan, Launcher(plan, x.q.device), out)
+    try:
+        (attend_pages if isinstance(selection, Pages) else attend_keys)(work)
+    except Exception:
+        plan.compiled.clear()  # half a plan would be taken for a whole one
+        raise
+    return out

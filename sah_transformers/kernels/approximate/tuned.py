@@ -1,0 +1,54 @@
+"""Launch parameters per class of shapes, measured on an H100; kept here so that nothing is searched at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the stages of a call are cut into programs.
+
+    Attributes:
+        score_pages, score_warps: pages per program of the bounds.
+        select_warps, group_select_warps, select_scores: of the program that selects a row's pages; how many scores of
+            heads it holds at once.
+        flag_pages: pages per program that looks a mask up.
+        head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
+            registers per thread at most.
+        group_keys, group_warps, group_programs, group_stages: the same of a group.
+        samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
+        slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
+            half as many do; its warps.
+    """
+
+    score_pages: int = 64
+    score_warps: int = 4
+    select_warps: int = 8
+    group_select_warps: int = 16
+    select_scores: int = 2**14
+    flag_pages: int = 128
+    head_keys: int = 32
+    head_warps: int = 1
+    head_programs: int = 1536
+    head_registers: int | None = None
+    group_keys: int = 64
+    group_warps: int = 4
+    group_programs: int = 396
+    group_stages: int = 2
+    samples: int = 1024
+    sample_warps: int = 8
+    chunk: int = 1024
+    chunk_warps: int = 4
+    slot: int = 256
+    cut_warps: int = 16
+
+
+def tuning_of(itemsize: int, dim: int) -> Tuning:
+    """Parameters for bytes per element and the larger padded head dimension."""
+    wide = itemsize * dim
+    return Tuning(
+        score_pages=max(16, min(64, 64 * 256 // wide)),
+        head_keys=max(8, min(32, 32 * 256 // wide)),
+        group_keys=max(16, min(64, 64 * 256 // wide)),
+    )

@@ -1,0 +1,324 @@
+"""The kernels for selections by side data against the reference: the same tests in Triton's interpreter and on a GPU.
+
+Without a GPU `test_in_the_interpreter` runs this file again in a process of its own, as in `test_decode_kernel`.
+`ExactEstimate` stands for the methods that rank keys by side data: its estimate is the score itself.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from test_decode_kernel import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    HAS_TRITON,
+    INTERPRETED,
+    TIES,
+    eager,
+    gpu_test,
+    kernel_test,
+    left_padding,
+    local,
+    poisoned,  # noqa: F401 (a fixture)
+    sink,
+    tensors,
+)
+
+from sah_transformers.attention import make_call, run
+from sah_transformers.kernels.approximate import attend, why_not
+from sah_transformers.kernels.masked_attention import masked_attention
+from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
+from sah_transformers.rows import dot
+from sah_transformers.selections import Estimated
+from sah_transformers.state import LayerState, State
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one program after the other."""
+    if INTERPRETED and not GPU:
+        from sah_transformers.kernels.approximate import pipeline
+
+        original = pipeline.tuning_of
+        few = {"head_programs": 8, "group_programs": 8, "samples": 128, "slot": 32}
+        monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
+
+
+@dataclass(frozen=True)
+class ExactEstimateConfig(TopKMaskerConfig):
+    type: ClassVar[str] = "exact_estimate"
+    reduce: str = "softmax"
+
+
+class ExactEstimate(TopKMasker):
+    """Keys by ``scaling * q.k``, said in the words of an estimate."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.group_reduce = config.reduce
+
+    def score(self, queries, keys, values, ctx):
+        return dot(queries, keys) * ctx.scaling
+
+    def describe(self):
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", self.config.reduce, "exact")
+
+
+def quest(size=0.1, **options):
+    return {"type": "quest", "heavy_size": size, **options}
+
+
+def best(size=0.1, gqa="head"):
+    return ExactEstimate(ExactEstimateConfig(size, gqa))
+
+
+def call_of(stack, q, k, v, **options):
+    """The call; ``run`` takes the reference for it."""
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+    return make_call(q, k, v, maskers, **{"kernel": "reference", **options})
+
+
+def check(call, near_ties=0):
+    """At most twice the error of eager PyTorch plus one rounding, against float64 over the reference's selection."""
+    assert why_not(call) == ""
+    out = attend(call)
+    masks = []
+    run(call, masks=masks)
+    visible, _ = call.visibility.block(0, call.shape[2])
+    rows = call.rows(0, call.shape[2], call.queries.double(), call.keys.double(), call.values.double())
+    sinks = call.block_sinks(0, call.shape[2])
+    truth, _ = masked_attention(rows.scores(), rows.values, masks[0], visible, sinks)
+    active = masks[0].active().expand(call.shape)
+    active = active if visible is None else active & visible
+    ordinary = (eager(call, active).double() - truth).abs().max()
+    error = (out.double() - truth).abs().amax(-1)
+    rounding = torch.finfo(out.dtype).eps * truth.abs().max()
+    assert out.shape == truth.shape
+    wrong = ~(error <= 2 * (ordinary + rounding))
+    assert wrong.sum() <= near_ties, (error.max().item(), ordinary.item(), rounding.item())
+    return out
+
+
+BASE = [sink(), local()]
+STACKS = {
+    "pages": [*BASE, quest()],
+    "pages alone": [quest(20)],
+    "one page": [sink(3), quest(1)],
+    "pages most": [sink(4), quest(0.8)],
+    "pages all": [local(), quest(1.0)],
+    "pages beyond": [sink(4), quest(10**6)],
+    "pages of one": [*BASE, quest(0.1, page_size=1)],
+    "pages of 7": [sink(3), local(0.1), sink(0.02), quest(0.1, page_size=7)],
+    "bands hold all": [sink(0.6), local(0.6), quest()],
+    "group pages": [*BASE, quest(gqa="group")],
+    "group pages most": [sink(40), quest(0.6, gqa="group", page_size=5)],
+    "keys": [*BASE, best()],
+    "keys alone": [best(7)],
+    "one key": [sink(1), best(1)],
+    "keys most": [sink(4), best(0.8)],
+    "keys all": [local(), best(1.0)],
+    "keys beyond": [sink(4), best(10**6)],
+    "bands hold all keys": [sink(0.6), local(0.6), best()],
+    "group keys": [*BASE, best(gqa="group")],
+}
+FEW = ["pages", "group pages", "keys", "group keys"]
+SHAPES = {
+    "one key": {"K": 1},
+    "few keys": {"K": 17},
+    "whole pages": {"K": 128},
+    "ragged": {"K": 333},
+    "MQA": {"H": 7, "G": 1, "K": 200},
+    "MHA": {"H": 3, "G": 3, "K": 200},
+    "wide group": {"H": 16, "G": 1, "K": 60},
+    "batch": {"B": 3, "K": 130},
+    "D=80, Dv=48": {"D": 80, "Dv": 48, "K": 150},
+    "D=64, Dv=128": {"D": 64, "Dv": 128, "K": 100, "H": 2, "G": 2},
+    "D=128": {"D": 128, "K": 150, "H": 4, "G": 1},
+}
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_stacks(stack, dtype):
+    check(call_of(stack, *tensors(dtype=dtype)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, stack):
+    check(call_of(STACKS[stack], *tensors(**shape)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+@pytest.mark.parametrize("data", [*TIES, "huge", "one heavy"])
+def test_data(data, stack):
+    """Ties at the cut go to the lower page or key, however many there are."""
+    check(call_of(STACKS[stack], *tensors(data=data, K=260)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+@pytest.mark.parametrize("data", ["normal", "constant", "duplicates", "whole numbers"])
+def test_several_chunks(data, stack):
+    check(call_of(STACKS[stack], *tensors(H=2, G=1, K=2500, D=16, data=data)))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_several_queries(stack, rows):
+    """Each row sees the keys up to its own."""
+    check(call_of(STACKS[stack], *tensors(H=4, G=2, Q=rows, K=150)))
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("stack", [*FEW, "pages of 7"])
+def test_left_padding(stack, rows):
+    """A padded sequence has the result of the sequence alone; padding holds nothing that counts."""
+    q, k, v = tensors(B=3, H=2, G=1, K=150, Q=rows)
+    padded = [0, 37, 150 - rows]
+    out = check(call_of(STACKS[stack], q, k, v, attention_mask=left_padding(150, *padded)))
+    for b, start in enumerate(padded):
+        alone = attend(call_of(STACKS[stack], q[b : b + 1], k[b : b + 1, :, start:], v[b : b + 1, :, start:]))
+        torch.testing.assert_close(out[b : b + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", [*FEW, "pages of 7", "group pages most"])
+def test_masks(stack):
+    """Holes, a row that sees nothing, a static cache with an unused tail, several rows, rows too short to be sparse."""
+    q, k, v = tensors(B=2, H=4, G=2, Q=3, K=100)
+    holes = torch.rand(2, 1, 3, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    holes[1, 0, 1] = False
+    out = check(call_of(STACKS[stack], q, k, v, attention_mask=holes, is_causal=False))
+    assert not out[1, 1].any()
+    used = torch.ones(3, 100, dtype=torch.bool, device=DEVICE).tril(57).expand(2, 1, 3, 100)
+    check(call_of(STACKS[stack], q, k, v, attention_mask=used, is_causal=False))
+    check(call_of(STACKS[stack], q, k, v, attention_mask=holes, min_keys=61))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+def test_softcap_and_sinks(stack):
+    q, k, v = tensors(K=200)
+    sinks = torch.linspace(-3, 5, 4, device=DEVICE)
+    check(call_of(STACKS[stack], q * 4, k, v, softcap=3.0, sinks=sinks, scaling=0.3))
+
+
+@kernel_test
+@pytest.mark.parametrize("stack", FEW)
+def test_two_runs_give_the_same_bits(stack):
+    call = call_of(STACKS[stack], *tensors(K=250))
+    assert torch.equal(attend(call), attend(call))
+
+
+def steps(stack, q, k, v, first, **options):
+    """The last call of a sequence that came as ``first`` keys at once, then key by key."""
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+    state = LayerState()
+    for length in range(first, k.shape[2] + 1):
+        masks = {name: mask[:, :length] for name, mask in options.items()}
+        call = make_call(q, k[:, :, :length], v[:, :, :length], maskers, layer_state=state, kernel="triton", **masks)
+    return call
+
+
+@kernel_test
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", ["pages", "pages of 7"])
+def test_side_data_in_place(stack, padded):
+    """Key by key, over boundaries of pages and buffers, side data are those of all keys at once, bit for bit."""
+    q, k, v = tensors(B=2, K=60, D=24, dtype=torch.float16)
+    options = {"attention_mask": left_padding(60, 0, 9)} if padded else {}
+    call = steps(STACKS[stack], q, k, v, 17, **options)
+    whole = call_of(STACKS[stack], q, k, v, **options)
+    for name, tensor in whole.side[-1].items():
+        assert torch.equal(call.side[-1][name], tensor)
+    assert torch.equal(attend(call), attend(whole))
+    assert call.context.padded == padded
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["normal", *TIES, "one heavy"])
+@pytest.mark.parametrize("stack", [*FEW, "keys most"])
+def test_long(stack, data):
+    """Selection at length: nearly uniform weights, where one wrong key in thousands shows."""
+    q, k, v = tensors(H=8, G=2, K=40_000, D=64, data=data)
+    q = q * 0.02 if data == "normal" else q
+    call = call_of(STACKS[stack], q, k, v)
+    out, truth = attend(call), run(call)[0]
+    close = (out - truth).abs().amax(-1) <= 2e-5 * truth.abs().max()
+    assert close.sum() >= close.numel() - (1 if data in ("normal", "one heavy") else 0)
+    assert torch.equal(out, attend(call))
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", FEW)
+def test_graph_without_synchronisation(stack, padded):
+    """A whole step, the append included, waits for nothing; a captured one follows its changed inputs."""
+    q, k, v = tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16)
+    options = {"attention_mask": left_padding(5000, 0, 900)} if padded else {}
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    state = State().layer(0)
+    earlier = {name: mask[:, :4999] for name, mask in options.items()}
+    make_call(q, k[:, :, :4999], v[:, :, :4999], maskers, layer_state=state, **earlier)
+
+    def step():
+        if state._positions is not None:
+            state._positions.length = 4999
+        state.length, state._lengths = 4999, dict.fromkeys(state._lengths, 4999)
+        return attend(make_call(q, k, v, maskers, layer_state=state, kernel="triton", **options))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in range(1, 4):
+        q.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[0])
+        v.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[2])
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+@gpu_test
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", ["pages", "keys"])
+def test_growing_cache_does_not_recompile(stack):
+    """Steps of a generation share compiled kernels until the length doubles."""
+    from sah_transformers.kernels.decode import kernel
+
+    q, k, v = tensors(H=8, G=2, K=3000, D=64, dtype=torch.float32)
+    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    state = LayerState()
+    kernel.PLANS.clear()
+    for length in range(2100, 2200):
+        call = make_call(q, k[:, :, :length], v[:, :, :length], maskers, layer_state=state, kernel="triton")
+        torch.testing.assert_close(attend(call), run(replace(call, kernel="reference"))[0], rtol=1e-4, atol=1e-5)
+    assert len(kernel.PLANS) == 1
