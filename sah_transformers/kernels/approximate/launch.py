@@ -1,0 +1,118 @@
+"""What the decode pipeline hands a scoring kernel, and how programs are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Keys per tile, tiles per program, warps: a chunk has ``keys * count`` keys."""
+
+    keys: int
+    count: int
+    warps: int
+
+    @property
+    def span(self) -> int:
+        return self.keys * self.count
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One call of a scoring kernel.
+
+    Rows are numbered ``(b, h, q)``; with ``summed`` there is one per KV head, ``(b, g, q)``, which holds the sum of its
+    heads' scores, and all arrays of R rows have ``B * G * Q``. Arrays are what `decode.kernel.Scratch` gives: tensors,
+    or addresses once kernels are compiled.
+
+    Attributes:
+        q: ``[B, H, Q, D]``, the last dimension contiguous; k: ``[B, G, K, D]``, read by PQCache alone, where a sequence
+            has no codebook.
+        keys, stride: K, and the row length of ``scores``: whole chunks.
+        mask, look: bool ``[B|1, Q|1, K]`` (or a stand-in) and its strides, 0 where the dimension is 1.
+        limits: of `decode.limits.bounds_kernel`, if ``masked``.
+        lines: ``[2, R]``, the brackets; histogram: int32 ``[R, bins]``; aboves: ``[R, chunks]``; unless ``masses_too``.
+        scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
+        masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
+        bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    keys: int
+    stride: int
+    mask: Any
+    look: tuple[int, int, int]
+    limits: Any
+    lines: Any
+    scores: Any
+    histogram: Any
+    peaks: Any
+    aboves: Any
+    masses: Any
+    scaling: float
+    bands: tuple[int, int, int, int]
+    causal: bool
+    masked: bool
+    masses_too: bool
+    bins: int
+    summed: bool = False
+
+    @property
+    def groups(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of ``q``, R unless ``summed``."""
+        return self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
+
+    @property
+    def in_group(self) -> int:
+        """Rows of a KV head."""
+        return self.q.shape[2] * (1 if self.summed else self.q.shape[1] // self.groups)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Pointers that every kernel takes."""
+        outputs = (self.scores, self.histogram, self.peaks, self.aboves, self.masses)
+        return (self.mask, self.limits, self.lines, *outputs)
+
+    def numbers(self, tile: Tile) -> tuple[int, ...]:
+        """Integers that every kernel takes."""
+        chunks = self.stride // tile.span
+        return (self.keys, self.q.shape[0], self.stride // 16, chunks, *self.look, *self.bands)
+
+    def shape(self) -> dict[str, Any]:
+        """Compile-time constants that every kernel takes."""
+        sizes = {"H": self.q.shape[1], "G": self.groups, "Q": self.q.shape[2]}
+        flags = {"CAUSAL": self.causal, "MASKED": self.masked, "MASSES": self.masses_too}
+        return {**sizes, **flags, "BINS": self.bins}
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """``tensor [B, heads, K, width]`` of bytes as the longest words (8, 4, 2, 1 bytes) that hold whole keys' shares."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    for size, dtype in words.items():
+        if width % size == 0 and tensor.stride(-1) == 1 and not any(s % size for s in tensor.stride()[:3]):
+            if tensor.data_ptr() % size == 0:
+                return tensor.view(dtype)
+    return tensor
+
+
+def unit_of(*tensors: torch.Tensor) -> int:
+    """16 where all strides over batches and heads are multiples of it, else 1."""
+    return 1 if any(s % 16 for t in tensors for s in t.stride()[:2]) else 16
+
+
+def steps(tensor: torch.Tensor, unit: int) -> tuple[int, int]:
+    """The strides over batches and heads, in units."""
+    return tensor.stride(0) // unit, tensor.stride(1) // unit
