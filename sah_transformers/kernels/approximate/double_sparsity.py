@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
-from sah_transformers.kernels.approximate.rows import rows_of
+from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.maskers.double_sparsity import UNQUANTISED, DoubleSparsityTopKMasker, pack, quantise
 from sah_transformers.rows import Context
@@ -137,14 +137,26 @@ def label_kernel(
         m_c = o_c < WIDTH
         b_v = tl.load(p_key + tl.load(channels + i_h * WIDTH + o_c, mask=m_c, other=0)).to(tl.float32)
         b_x = tl.div_rn(b_v - base, tl.where(width == 0, 1.0, width) + tl.zeros_like(b_v))
-        b_x = tl.where(m_c & (width != 0), tl.minimum(tl.maximum(b_x, 0.0), LEVELS), 0.0)
-        b_byte |= whole(b_x).to(tl.int32) << (i * BITS)
+        b_x = tl.where(width == 0, 0.0, tl.minimum(tl.maximum(b_x, 0.0), LEVELS))
+        b_byte += tl.where(m_c, whole(b_x).to(tl.int32), 0) << (i * BITS)
     begin = tl.load(start) if POINT else start
     i_k = (begin + i_n).to(tl.int64)
     p_code = code + i_b * sc_b + i_h.to(tl.int64) * sc_h + i_k * sc_n + o_y * sc_w
     tl.store(p_code, b_byte.to(tl.uint8), mask=o_y < BYTES)
     tl.store(low + i_b * sl_b + i_h.to(tl.int64) * sl_h + i_k * sl_n, least)
     tl.store(step + i_b * st_b + i_h.to(tl.int64) * st_h + i_k * st_n, each)
+
+
+@triton.jit
+def one_and_code(b_word, AT: tl.constexpr, BITS: tl.constexpr):
+    """``1 + code / 2**BITS`` as float32, of the ``AT``-th code of a word."""
+    LONG: tl.constexpr = b_word.dtype.primitive_bitwidth
+    PLACE: tl.constexpr = AT // (8 // BITS) * 8 + AT % (8 // BITS) * BITS  # its first bit
+    TOP: tl.constexpr = 23 - BITS  # the mantissa's highest bits
+    SHIFT: tl.constexpr = PLACE % 32
+    b_half = (b_word >> (PLACE - SHIFT)).to(tl.int32) if LONG == 64 else b_word.to(tl.int32)
+    b_code = b_half << (TOP - SHIFT) if SHIFT < TOP else b_half >> (SHIFT - TOP)
+    return ((b_code & ((2**BITS - 1) << TOP)) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit(
@@ -165,7 +177,7 @@ def label_score_kernel(
     """One KV head, all its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over the label's channels."""
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
-    LONG: tl.constexpr = code.dtype.element_ty.primitive_bitwidth
+    CODES: tl.constexpr = code.dtype.element_ty.primitive_bitwidth // 8 * (8 // BITS)  # of a word
     IN_GROUP: tl.constexpr = H // G * Q
     o_m = tl.arange(0, BM)
     o_q, o_r, m_m, first_end, last_start, reach = rows_of(
@@ -178,35 +190,27 @@ def label_score_kernel(
     p_low = low + i_b.to(tl.int64) * (sl_b * UNIT) + o_h[:, None].to(tl.int64) * (sl_h * UNIT)
     p_step = step + i_b.to(tl.int64) * (st_b * UNIT) + o_h[:, None].to(tl.int64) * (st_h * UNIT)
     R = B * G * IN_GROUP
-    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BM, BN)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BINS, BM, BN)
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
-        m_k = m_m[:, None] & (o_k < K)[None, :]
+        m_k = m_m[:, None] & (o_k < end_of(K, UNIT))[None, :]
         o_l = o_k.to(tl.int64)[None, :]
         b_low = tl.load(p_low + o_l * LOW_STEP, mask=m_k, other=0.0).to(tl.float32)
         b_step = tl.load(p_step + o_l * STEP_STEP, mask=m_k, other=0.0).to(tl.float32)
         b_sum = tl.zeros([BM, BN], tl.float32)
         total = tl.zeros([BM], tl.float32)
         for i_d in tl.static_range(WIDTH):
-            PLACE: tl.constexpr = i_d // (8 // BITS) * 8 + i_d % (8 // BITS) * BITS  # of the code's first bit
-            if PLACE % LONG == 0:
-                b_word = tl.load(p_code + o_l * STEP + (PLACE // LONG) * sc_w, mask=m_k, other=0)
-            if PLACE % 32 == 0 and LONG == 64:
-                b_half = (b_word >> (PLACE % 64)).to(tl.int32)
-            elif PLACE % LONG == 0 and LONG < 64:
-                b_half = b_word.to(tl.int32)
-            AT: tl.constexpr = 23 - BITS  # the mantissa's highest bits
-            SHIFT: tl.constexpr = PLACE % (32 if LONG == 64 else LONG)
-            b_code = b_half << (AT - SHIFT) if SHIFT < AT else b_half >> (SHIFT - AT)
-            b_code = (b_code & ((2**BITS - 1) << AT)) | 0x3F800000
+            if i_d % CODES == 0:
+                b_word = tl.load(p_code + o_l * STEP + (i_d // CODES) * sc_w, mask=m_k, other=0)
+            b_code = one_and_code(b_word, i_d % CODES, BITS)
             channel = tl.load(p_channel + i_d, mask=m_m, other=0)
             b_q = tl.load(p_q + channel, mask=m_m, other=0.0).to(tl.float32)
             total += b_q
-            b_sum += b_q[:, None] * b_code.to(tl.float32, bitcast=True)
+            b_sum += b_q[:, None] * b_code
         b_sum = (b_sum - total[:, None]) * (2**BITS)
         b_s = (b_low * total[:, None] + b_step * b_sum) * factor
         b_peak, b_one, b_two = keep_tile(
             b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
-    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES)
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
-from sah_transformers.kernels.approximate.rows import bits_set, rows_of
+from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.maskers.hash_attention import HashAttentionTopKMasker, hashes
 from sah_transformers.maskers.hash_weights import Mlp
@@ -170,7 +170,7 @@ def hash_score_kernel(
         limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
     )
     R = B * G * IN_GROUP
-    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BM, BN)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BINS, BM, BN)
     p_kept = kept + i_b.to(tl.int64) * (sh_b * UNIT)
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
@@ -182,11 +182,11 @@ def hash_score_kernel(
                 p_query = query_hash + ((i_b * H + o_h) * Q + o_q) * WORDS + i_w
                 b_q = tl.load(p_query, mask=m_m, other=0)
                 p_k = p_kept + o_s[:, None].to(tl.int64) * (sh_s * UNIT) + i_w * sh_w + (o_k.to(tl.int64) * STEP)[None]
-                b_k = tl.load(p_k, mask=m_m[:, None] & (o_k < K)[None, :], other=0)
+                b_k = tl.load(p_k, mask=m_m[:, None] & (o_k < end_of(K, UNIT))[None, :], other=0)
                 b_d += bits_set(b_q[:, None] ^ b_k)
         b_s = (HEADS * BITS - 2 * b_d).to(tl.float32)
         b_peak, b_one, b_two = keep_tile(
             b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
-    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES)
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)

@@ -36,6 +36,7 @@ class Scoring:
         mask, look: bool ``[B|1, Q|1, K]`` (or a stand-in) and its strides, 0 where the dimension is 1.
         limits: of `decode.limits.bounds_kernel`, if ``masked``.
         lines: ``[2, R]``, the brackets; histogram: int32 ``[R, bins]``; aboves: ``[R, chunks]``; unless ``masses_too``.
+            ``bins`` 0: neither is touched, and there are peaks alone.
         scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
         masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
         bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
@@ -109,8 +110,16 @@ def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def unit_of(*tensors: torch.Tensor) -> int:
-    """16 where all strides over batches and heads are multiples of it, else 1."""
-    return 1 if any(s % 16 for t in tensors for s in t.stride()[:2]) else 16
+    """16 where storages hold a multiple of 16 keys, which may then be read in blocks beyond K, else 1.
+
+    ``[B, heads, K, ...]``, the data of a key together, or next to those of its neighbours (``[..., words, capacity]``).
+    """
+    for t in tensors:
+        apart = t.dim() == 4 and t.stride(3) > t.stride(2)
+        block = 16 if apart else 16 * t.stride(2)
+        if t.stride(0) % block or t.stride(1) % block or (apart and t.stride(3) % 16):
+            return 1
+    return 16
 
 
 def steps(tensor: torch.Tensor, unit: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
-from sah_transformers.kernels.approximate.rows import rows_of
+from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.maskers.pq_cache import GRID, REACH, PQCache, augment, blocks, nearest, snap, split
 from sah_transformers.rows import Context
@@ -204,17 +204,19 @@ def code_score_kernel(
     p_table = table + o_r[:, None].to(tl.int64) * (M * C)
     coded = tl.load(ready + i_b) != 0
     R = B * G * IN_GROUP
-    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BM, BN)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BINS, BM, BN)
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
         b_s = tl.zeros([BM, BN], tl.float32)
         if coded:
             for i_w in tl.range(0, M // EACH, loop_unroll_factor=4 if M > EACH else 1):
-                p_word = p_codes + o_k.to(tl.int64) * STEP + i_w * sc_w
-                b_word = tl.load(p_word, mask=o_k < K, other=0)
+                p_word = (
+                    p_codes + o_k.to(tl.int64)[None, :] * STEP + i_w * sc_w + o_m[:, None] * 0
+                )  # in the tile's form
+                b_word = tl.load(p_word, mask=m_m[:, None] & (o_k < end_of(K, UNIT))[None, :], other=0)
                 for i in tl.static_range(EACH):
                     b_code = ((b_word >> (8 * i)) & 0xFF).to(tl.int32)
-                    p_entry = p_table + (i_w * EACH + i) * C + b_code[None, :]
+                    p_entry = p_table + (i_w * EACH + i) * C + b_code
                     b_s += tl.load(p_entry, mask=m_m[:, None] & (o_k < K)[None, :], other=0.0)
         else:
             o_h = i_g * (H // G) + o_m // Q
@@ -229,4 +231,4 @@ def code_score_kernel(
             b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
-    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES)
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)

@@ -23,6 +23,12 @@ def rows_of(
 
 
 @triton.jit
+def end_of(K, UNIT: tl.constexpr):
+    """Where loads end: a multiple of 16 where the storage allows it, so that a thread's keys are loaded at once."""
+    return (K + UNIT - 1) // UNIT * UNIT
+
+
+@triton.jit
 def bits_set(x):
     """Bits set in each integer of 32 bits (the compiler knows the pattern: one instruction)."""
     x = x.to(tl.uint32, bitcast=True)

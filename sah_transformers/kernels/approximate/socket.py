@@ -25,7 +25,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
-from sah_transformers.kernels.approximate.rows import rows_of
+from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.maskers.socket import SocketMasker, hyperplanes, pack, snap
 from sah_transformers.rows import Context
@@ -226,9 +226,8 @@ def pieces_kernel(
     p_planes = planes + i_l * (K * D)
     p_table = table + (i_r.to(tl.int64) * L + i_l) * (PIECES * 2**BITS)
     for i in tl.static_range(PIECES):
-        MINE: tl.constexpr = min(BITS, K - i * BITS)
-        b_p = corners(b_q, p_planes, i * BITS, MINE, o_d, sharpness, D)
-        tl.store(p_table + i * 2**BITS + tl.arange(0, 2**MINE), b_p.to(tl.float32))
+        b_p = corners(b_q, p_planes, i * BITS, min(BITS, K - i * BITS), o_d, sharpness, D)
+        tl.store(p_table + i * 2**BITS + tl.arange(0, 2 ** min(BITS, K - i * BITS)), b_p.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["sharpness"])
@@ -284,10 +283,10 @@ def bucket_score_kernel(
     tallies = ()
     for i_h in tl.static_range(ROWS):
         o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
-        tallies = tallies + (open_tally(lines, i_bg * IN_GROUP + o_m, o_m >= 0, R, MASSES, 1, BN),)
+        tallies = tallies + (open_tally(lines, i_bg * IN_GROUP + o_m, o_m >= 0, R, MASSES, BINS, 1, BN),)
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
-        m_k = o_k < K
+        m_k = o_k < end_of(K, UNIT)
         p_key = p_words + o_k.to(tl.int64) * STEP
         sums = ()
         for i_h in tl.static_range(AT_ONCE):
@@ -301,8 +300,8 @@ def bucket_score_kernel(
             for i_run in tl.static_range(RUN):
                 pieces = ()
                 for i_p in tl.static_range(PIECES):
-                    MINE: tl.constexpr = min(BITS, PLANES - i_p * BITS)
-                    b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.int32) & (2**MINE - 1)
+                    b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.int32)
+                    b_e = b_e & (2 ** min(BITS, PLANES - i_p * BITS) - 1)
                     p_e = p_table + (i_l + i_run) * TABLE + b_e + i_p * 2**BITS
                     pieces = pieces + (p_e,)
                 grown = ()
@@ -335,5 +334,5 @@ def bucket_score_kernel(
         o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
         b_peak, b_one, b_two, scale, offset = tallies[i_h]
         close_tally(
-            b_peak, b_one, b_two, peaks, aboves, masses, i_bg * IN_GROUP + o_m, o_m >= 0, i_c, chunks, R, MASSES
+            b_peak, b_one, b_two, peaks, aboves, masses, i_bg * IN_GROUP + o_m, o_m >= 0, i_c, chunks, R, MASSES, BINS
         )
