@@ -135,8 +135,9 @@ def scored(
     lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
     call = Scoring(
         case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),
-        torch.zeros(R, max(1, bins), dtype=torch.int32, device=DEVICE), empty(R, chunks), empty(R, chunks, dtype=torch.int32),
-        empty(2, R, chunks), case.ctx.scaling, bands, causal, mask is not None, masses, bins, summed,
+        torch.zeros(R, max(1, bins), dtype=torch.int32, device=DEVICE), empty(R, chunks),
+        empty(R, chunks, dtype=torch.int32), empty(2, R, chunks),
+        case.ctx.scaling, bands, causal, mask is not None, masses, bins, summed,
     )  # fmt: skip
     given, module = case.given(), case.module
     assert module.why_not(given, case.q.shape[3]) == ""

@@ -1,9 +1,8 @@
 """Double Sparsity: a label of a few channels per key and query head, 1 to 8 bits each.
 
-16 channels of 4 bits: 12 bytes read and 4 written per key and query head, three instructions per channel (a code goes
-to the top of a float's mantissa: ``1 + code / 16``, no conversion) and about 30 for the tail. B=1, H=32, G=8, K=131,072:
-50 MB read and 16.8 written, 22 us at 3 TB/s; 80 instructions per key and head are 20 us on 132 SMs, behind the loads:
-**25 to 28 us**.
+16 channels of 4 bits: 12 bytes read and 4 written per key and query head; 140 instructions, of which a channel takes
+four: a code goes to the top of a float's mantissa, ``1 + code / 16``, without a conversion. 67 MB are 22 us, the
+instructions 20 us, side by side: **26 to 32 us**.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of, widest
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
@@ -59,14 +58,15 @@ def score(
 ) -> None:
     code, low, step = widest(side["code"], side["code"].shape[3]), side["low"], side["step"]
     unit = unit_of(code, low, step)
+    bm = min(MOST_ROWS, power_of_2(call.in_group))
     launch(
-        label_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, 1),
+        label_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
         launch.address(call.q), launch.address(given.channels), *map(launch.address, (code, low, step)),
         *call.arrays(), *call.numbers(tile), *call.q.stride()[:3], given.factor,
         *steps(code, unit), code.stride(3), *steps(low, unit), *steps(step, unit),
         **call.shape(), WIDTH=given.channels.shape[1], BITS=given.bits,
         STEP=code.stride(2), LOW_STEP=low.stride(2), STEP_STEP=step.stride(2), UNIT=unit,
-        BM=power_of_2(call.in_group), BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -174,12 +174,12 @@ def label_score_kernel(
     LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, all its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over the label's channels."""
+    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over the label's channels."""
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     CODES: tl.constexpr = code.dtype.element_ty.primitive_bitwidth // 8 * (8 // BITS)  # of a word
     IN_GROUP: tl.constexpr = H // G * Q
-    o_m = tl.arange(0, BM)
+    o_m = tl.program_id(2) * BM + tl.arange(0, BM)
     o_q, o_r, m_m, first_end, last_start, reach = rows_of(
         limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
     )

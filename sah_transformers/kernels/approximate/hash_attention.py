@@ -1,9 +1,9 @@
 """HashAttention: 32 bits of a learned hash per word, key and query head; the score counts the bits that agree.
 
-Per key and query head 4 bytes are read and 4 written per word of 32 bits; about 40 instructions, most of them the tail
-that all scoring kernels share. B=1, H=32, G=8, K=131,072: 16.8 MB read and 16.8 written (11 us at 3 TB/s), 6 us of
-instructions behind it, so **12 to 13 us**; ``summed`` writes a quarter of it: **8 us**. The hashes of the queries, and of
-a new key, are one launch of about 5 us: three layers in float64, one program per head and key.
+Per key and query head 4 bytes are read and 4 written; 68 instructions, 50 of them the tail that all scoring kernels
+share. 33.6 MB are 11 us, the instructions 10 us, side by side: **13 to 16 us**. ``summed``: 21 MB, 7 us, and 28
+instructions: **8 to 10 us**. The hashes of the queries, and of a new key, are one launch of 5 to 8 us each: three
+layers in float64, one program per head and key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
@@ -66,11 +66,12 @@ def score(
 ) -> None:
     kept = side["hash"]
     unit = unit_of(kept)
+    bm = min(MOST_ROWS, power_of_2(call.in_group))
     launch(
-        hash_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, 1),
+        hash_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
         launch.address(kept), s["query_hash"], *call.arrays(), *call.numbers(tile), *steps(kept, unit), kept.stride(3),
         **call.shape(), SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed,
-        STEP=kept.stride(2), UNIT=unit, BM=power_of_2(call.in_group), BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        STEP=kept.stride(2), UNIT=unit, BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -160,12 +161,12 @@ def hash_score_kernel(
     SUM: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, all its rows, ``COUNT * BN`` keys: ``bits - 2 popcount(query's hash xor key's)``."""
+    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``bits - 2 popcount(query's hash xor key's)``."""
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     HEADS: tl.constexpr = H // G if SUM else 1  # added up in a row
     IN_GROUP: tl.constexpr = Q if SUM else H // G * Q
-    o_m = tl.arange(0, BM)
+    o_m = tl.program_id(2) * BM + tl.arange(0, BM)
     o_q, o_r, m_m, first_end, last_start, reach = rows_of(
         limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
     )

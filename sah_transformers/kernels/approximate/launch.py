@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 
+MOST_ROWS = 4
+"""Rows of a program: more would not fit into registers with a tile of keys."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """Keys per tile, tiles per program, warps: a chunk has ``keys * count`` keys."""
@@ -103,9 +107,9 @@ def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """``tensor [B, heads, K, width]`` of bytes as the longest words (8, 4, 2, 1 bytes) that hold whole keys' shares."""
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     for size, dtype in words.items():
-        if width % size == 0 and tensor.stride(-1) == 1 and not any(s % size for s in tensor.stride()[:3]):
-            if tensor.data_ptr() % size == 0:
-                return tensor.view(dtype)
+        places = (width, tensor.data_ptr(), *tensor.stride()[:3])
+        if tensor.stride(3) == 1 and not any(place % size for place in places):
+            return tensor.view(dtype)
     return tensor
 
 

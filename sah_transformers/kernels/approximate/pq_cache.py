@@ -1,9 +1,8 @@
 """PQCache: a byte per sub-vector and key, and a table of ``scaling * q.centroid`` per row and sub-vector.
 
-2 x 6 bits: 2 bytes read per key and KV head, 4 written per key and query head; per sub-vector a look-up among 64 numbers
-(two per bank: at most two turns of the load unit) and six instructions, and the tail. B=1, H=32, G=8, K=131,072: 2 MB read,
-16.8 MB written (6 us), 0.5 M look-ups of a warp (5 us), 50 instructions per key and head (13 us): **13 to 15 us**, and 3 us
-for the tables.
+2 x 6 bits: 2 bytes read per key and KV head, 4 written per key and query head; 75 instructions per key and query
+head, with one look-up per sub-vector among 64 numbers (two per bank: at most two turns of the load unit). 19 MB are 6
+us, the look-ups 3 us, the instructions 11 us: **12 to 15 us**, and 3 us for the tables.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of, widest
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
@@ -71,20 +70,21 @@ def score(
     parts = codes.shape[3]
     codes = widest(codes, parts)
     unit = unit_of(codes)
+    bm = min(MOST_ROWS, power_of_2(call.in_group))
     launch(
-        code_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, 1),
+        code_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
         launch.address(call.q), launch.address(call.k), launch.address(codes), s["table"], launch.address(given.ready),
         *call.arrays(), *call.numbers(tile), *call.q.stride()[:3], *call.k.stride()[:3], call.scaling,
         *steps(codes, unit), codes.stride(3),
         **call.shape(), D=call.q.shape[3], M=parts, C=given.centroids.shape[3], STEP=codes.stride(2), UNIT=unit,
-        BM=power_of_2(call.in_group), BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
 
 
 def append(
     buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, given: Given
 ) -> None:
-    """Codes of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers["codes"]``, the masker's: all sums are exact."""
+    """Codes of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers``: the masker's, as all sums are exact."""
     storage = buffers["codes"]
     batch, groups, n, dim = keys.shape
     parts, count, width = given.centroids.shape[2:]
@@ -188,7 +188,7 @@ def code_score_kernel(
     MASSES: tl.constexpr, BINS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
     UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, all its rows, ``COUNT * BN`` keys: the sum of the table's entries at a key's codes.
+    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: the sum of the table's entries at a key's codes.
 
     A sequence without codebooks has ``scaling * q.k`` instead, a channel at a time: it is short.
     """
@@ -196,7 +196,7 @@ def code_score_kernel(
     i_b, i_g = i_bg // G, i_bg % G
     EACH: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 8
     IN_GROUP: tl.constexpr = H // G * Q
-    o_m = tl.arange(0, BM)
+    o_m = tl.program_id(2) * BM + tl.arange(0, BM)
     o_q, o_r, m_m, first_end, last_start, reach = rows_of(
         limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
     )
@@ -210,9 +210,8 @@ def code_score_kernel(
         b_s = tl.zeros([BM, BN], tl.float32)
         if coded:
             for i_w in tl.range(0, M // EACH, loop_unroll_factor=4 if M > EACH else 1):
-                p_word = (
-                    p_codes + o_k.to(tl.int64)[None, :] * STEP + i_w * sc_w + o_m[:, None] * 0
-                )  # in the tile's form
+                o_word = o_k.to(tl.int64)[None, :] * STEP + o_m[:, None] * 0  # in the tile's form: no exchange of codes
+                p_word = p_codes + o_word + i_w * sc_w
                 b_word = tl.load(p_word, mask=m_m[:, None] & (o_k < end_of(K, UNIT))[None, :], other=0)
                 for i in tl.static_range(EACH):
                     b_code = ((b_word >> (8 * i)) & 0xFF).to(tl.int32)

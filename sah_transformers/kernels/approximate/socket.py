@@ -1,16 +1,17 @@
 """SOCKET: per table the probability of a key's bucket, a product of look-ups in tables made once per row.
 
-A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities: no more than 16
-numbers for four bits, one per bank, so that a look-up of a warp takes one turn of the load unit. ``summed``, where
-``2**K <= FULL``, has one table of all buckets per hash table instead, in which the heads are summed before: a fourth
-of the head's look-ups for 12 look-ups fewer.
+A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities: no more than
+16 numbers for four bits, one per bank, so that a look-up of a warp takes one turn of the load unit. ``summed``, where
+``2**K <= FULL``, has one table of all buckets per hash table instead, the heads summed: one look-up for all of them.
 
-L=60, K=12: 96 bytes read per key and KV head (101 MB for B=1, G=8, K=131,072: 34 us at 3 TB/s), 4 written per query head;
-180 look-ups and 120 multiplications per key and query head, 11 instructions per table shared by the heads. H=32: 23.6 M
-look-ups of a warp are 102 us of the load units of 132 SMs at 1.75 GHz, the instructions 62 us: **105 to 120 us**, above
-the 95 of a trial. ``summed``: 60 look-ups per key and KV head among 4,096 numbers (8 turns each): 70 us, **75 to 85 us**.
-The words of a key should lie apart (``buckets`` strided ``[..., 1, capacity]``): then a warp reads 128 bytes in a row
-instead of touching 23 lines.
+L=60, K=12: 96 bytes read per key and KV head, 4 written per query head; per key, table and KV head 34 instructions,
+12 of them look-ups. 118 MB are 39 us, the look-ups 106 us of the load units, the instructions 82 us: **105 to 125
+us**, above the 95 of a trial; what could be less is the number of look-ups (5 + 5 bits and a choice among four: 71 us
+of look-ups, 95 of instructions). ``summed``: 8 instructions per key and table, one look-up among 4,096 numbers (8
+turns): 70 us, **75 to 85 us**. The tables take 4 to 6 us.
+
+A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
+warp reads 128 bytes in a row, and does not touch 23 lines.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def bucket_kernel(
     G: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, POINT: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One word of one key: 32 signs of sums of whole numbers in float64; the first word's program takes the norm too."""
+    """One word of one key: 32 signs of sums of whole numbers in float64; the first word's program has the norm too."""
     i_gw, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     i_g, i_w = (i_gw // WORDS).to(tl.int64), i_gw % WORDS
@@ -252,6 +253,18 @@ def buckets_kernel(
     tl.store(table + (i_e.to(tl.int64) * L + i_l) * 2**K + o_e, b_sum)
 
 
+@triton.jit
+def none():
+    """No tensors: what ``more`` begins with."""
+    return ()
+
+
+@triton.jit
+def more(tensors, b_x):
+    """``tensors`` and one more; a tuple stays in registers, and loops may carry it."""
+    return tensors + (b_x,)  # noqa: RUF005 (Triton does not unpack)
+
+
 @triton.jit(
     do_not_specialize=[
         "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sw_b", "sw_g",
@@ -280,17 +293,17 @@ def bucket_score_kernel(
     p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
     p_table = table + ((i_bg * HEADS + i_first) * Q + i_q).to(tl.int64) * (L * TABLE)
     R = B * G * IN_GROUP
-    tallies = ()
+    tallies = none()
     for i_h in tl.static_range(ROWS):
         o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
-        tallies = tallies + (open_tally(lines, i_bg * IN_GROUP + o_m, o_m >= 0, R, MASSES, BINS, 1, BN),)
+        tallies = more(tallies, open_tally(lines, i_bg * IN_GROUP + o_m, o_m >= 0, R, MASSES, BINS, 1, BN))
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
         m_k = o_k < end_of(K, UNIT)
         p_key = p_words + o_k.to(tl.int64) * STEP
-        sums = ()
-        for i_h in tl.static_range(AT_ONCE):
-            sums = sums + (tl.zeros([BN], tl.float32),)
+        sums = none()
+        for _ in tl.static_range(AT_ONCE):
+            sums = more(sums, tl.zeros([BN], tl.float32))
         for i_l in tl.range(0, L, RUN):
             begin = i_l * PLANES
             i_w = begin // 32
@@ -298,21 +311,21 @@ def bucket_score_kernel(
             b_more = tl.load(p_key + tl.minimum(i_w + 1, WORDS - 1) * sw_w, mask=m_k, other=0)
             b_bits = (b_bits | (b_more.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)) >> (begin % 32)
             for i_run in tl.static_range(RUN):
-                pieces = ()
+                pieces = none()
                 for i_p in tl.static_range(PIECES):
                     b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.int32)
                     b_e = b_e & (2 ** min(BITS, PLANES - i_p * BITS) - 1)
                     p_e = p_table + (i_l + i_run) * TABLE + b_e + i_p * 2**BITS
-                    pieces = pieces + (p_e,)
-                grown = ()
+                    pieces = more(pieces, p_e)
+                grown = none()
                 for i_h in tl.static_range(AT_ONCE):
                     b_p = tl.load(pieces[0] + i_h * (Q * L * TABLE))
                     for i_p in tl.static_range(1, PIECES):
                         b_p = b_p * tl.load(pieces[i_p] + i_h * (Q * L * TABLE))
-                    grown = grown + (sums[i_h] + b_p,)
+                    grown = more(grown, sums[i_h] + b_p)
                 sums = grown
         b_norm = tl.load(p_norm + o_k.to(tl.int64) * NORM_STEP, mask=m_k, other=0.0)
-        kept = ()
+        kept = none()
         for i_h in tl.static_range(ROWS):
             b_s = sums[i_h]
             if SUM:
@@ -328,7 +341,7 @@ def bucket_score_kernel(
                 b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
                 first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
             )  # fmt: skip
-            kept = kept + ((b_peak, b_one, b_two, scale, offset),)
+            kept = more(kept, (b_peak, b_one, b_two, scale, offset))
         tallies = kept
     for i_h in tl.static_range(ROWS):
         o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)

@@ -33,8 +33,8 @@ def precise_scores(p_q, m_q, p_k, m_k, scaling, D: tl.constexpr, BD: tl.constexp
 def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """What ``BM`` of ``R`` rows have seen before their first tile: (peak, two tallies, the bracket's scale, offset).
 
-    Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. The tallies are the
-    masses of the candidates and of the bands with ``MASSES``, else the first is the number of candidates above the
+    Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. The tallies are
+    the masses of the candidates and of the bands with ``MASSES``, else the first is the number of candidates above the
     bracket and the second unused. Without ``MASSES`` and ``BINS`` there is the peak alone.
     """
     b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
