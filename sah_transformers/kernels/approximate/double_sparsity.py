@@ -174,7 +174,7 @@ def label_score_kernel(
     LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over the label's channels."""
+    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over a label's channels."""
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     CODES: tl.constexpr = code.dtype.element_ty.primitive_bitwidth // 8 * (8 // BITS)  # of a word

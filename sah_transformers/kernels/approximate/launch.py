@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 MOST_ROWS = 4
 """Rows of a program: more would not fit into registers with a tile of keys."""
 
