@@ -37,7 +37,7 @@ def side_of(name, module, B, H, G, K, D, apart):
         return {"hash": tensor(B, H, K, 1, dtype=i32)}, module.Given(mlp, mlp, 32)
     if name == "double_sparsity":
         label = {"code": tensor(B, H, K, 8, dtype=u8), "low": tensor(B, H, K, dtype=f16)}
-        return {**label, "step": tensor(B, H, K, dtype=f16)}, module.Given(tensor(H, 16, dtype=i32), 4)
+        return {**label, "step": tensor(B, H, K, dtype=f16)}, module.Given(tensor(H, 16, dtype=torch.int64), 4)
     if name == "pq_cache":
         radius = None if apart else tensor(B, G, 2, dtype=torch.float64)
         book = tensor(B, G, 2, 64, D // 2 + (radius is not None)), tensor(B, G, 2), tensor(B, dtype=torch.bool)

@@ -202,7 +202,7 @@ SHAPES = {
     "batch, D=128": {"B": 2, "K": 150, "D": 128},
     "D=80": {"D": 80, "K": 150},
     "2 queries": {"Q": 2, "K": 150},
-    "5 queries, 7 heads": {"Q": 5, "K": 150, "H": 7, "G": 1},
+    "5 queries, 7 heads": {"Q": 5, "K": 70, "H": 7, "G": 1},
 }
 
 
@@ -326,14 +326,13 @@ APPENDED = {
 
 
 @kernel_test
-@pytest.mark.parametrize("device_start", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "device_start"), [(DTYPES[0], True), *((dtype, False) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, several in APPENDED.items() for o in several])
 def test_append(name, options, dtype, device_start):
     """Bit for bit the masker's, and nothing else is touched."""
     config = {**CONFIGS[name], **options}
     case = Case(config, B=2, K=90, D=80 if name != "pq_cache" else 64, dtype=dtype, apart=device_start)
-    for start, n in [(37, 1), (80, 5), (20, 16), (10, 40)]:
+    for start, n in [(37, 1), (80, 3), (10, 40)]:
         k, v = (normal(2, 2, n, t.shape[3], seed=seed + n, dtype=dtype) for seed, t in ((3, case.k), (4, case.v)))
         k[0, 0, 0] = 0
         if n > 1:
@@ -352,5 +351,5 @@ def test_labels_that_are_not_quantised_are_refused():
     pytest.importorskip("triton")
     from sah_transformers.kernels.approximate import double_sparsity
 
-    given = double_sparsity.Given(torch.zeros(2, 4, dtype=torch.int32), 16)
+    given = double_sparsity.Given(torch.zeros(2, 4, dtype=torch.int64), 16)
     assert "not quantised" in double_sparsity.why_not(given, 64)

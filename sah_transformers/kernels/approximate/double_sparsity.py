@@ -26,7 +26,7 @@ TILES = (Tile(256, 1, 4), Tile(512, 1, 4), Tile(256, 1, 2), Tile(128, 2, 2), Til
 
 @dataclass(frozen=True)
 class Given:
-    """Channels of the local heads, int32 ``[H, r]``, contiguous; bits of a code; the factor on scores (1 per head)."""
+    """Channels of the local heads, int64 ``[H, r]``; bits of a code; the factor on scores, 1 for selection per head."""
 
     channels: torch.Tensor
     bits: int
@@ -36,7 +36,7 @@ class Given:
 def given_of(masker: DoubleSparsityTopKMasker, queries: torch.Tensor, ctx: Context) -> Given:
     """What the kernels need of a masker, for queries ``[B, H, Q, D]``."""
     heads, dim = queries.shape[1], queries.shape[3]
-    channels = masker.channels(ctx, heads, dim, queries.device).int().contiguous()
+    channels = masker.channels(ctx, heads, dim, queries.device)
     return Given(channels, masker.config.label_bits, dim**-0.5 if masker.config.gqa == "group" else 1.0)
 
 
@@ -62,7 +62,7 @@ def score(
     launch(
         label_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
         launch.address(call.q), launch.address(given.channels), *map(launch.address, (code, low, step)),
-        *call.arrays(), *call.numbers(tile), *call.q.stride()[:3], given.factor,
+        *call.arrays(), *call.numbers(tile), *call.q.stride()[:3], given.factor, given.channels.stride(0),
         *steps(code, unit), code.stride(3), *steps(low, unit), *steps(step, unit),
         **call.shape(), WIDTH=given.channels.shape[1], BITS=given.bits,
         STEP=code.stride(2), LOW_STEP=low.stride(2), STEP_STEP=step.stride(2), UNIT=unit,
@@ -77,7 +77,7 @@ def append(
     batch, groups, n, _ = keys.shape
     heads, width = given.channels.shape
     if n > FEW or not has_kernels(keys):
-        index = given.channels.long().view(1, groups, heads // groups, 1, width).expand(batch, -1, -1, n, -1)
+        index = given.channels.unflatten(0, (groups, -1))[None, :, :, None].expand(batch, -1, -1, n, -1)
         label = keys[:, :, None].expand(-1, -1, heads // groups, -1, -1).gather(-1, index).flatten(1, 2)
         codes, low, step = quantise(label, given.bits)
         for name, new in (("code", pack(codes, given.bits)), ("low", low), ("step", step)):
@@ -88,7 +88,7 @@ def append(
     launch(
         label_kernel, (heads, batch * n, 1),
         keys, given.channels, code, low, step, start_of(launch, start),
-        n, *keys.stride()[:3], *code.stride(), *low.stride(), *step.stride(),
+        n, given.channels.stride(0), *keys.stride()[:3], *code.stride(), *low.stride(), *step.stride(),
         H=heads, G=groups, WIDTH=width, BITS=given.bits, POINT=isinstance(start, torch.Tensor),
         BYTES=code.shape[3], BY=power_of_2(code.shape[3]), warps=1,
     )  # fmt: skip
@@ -102,12 +102,12 @@ def whole(b_x):
 
 @triton.jit(
     do_not_specialize=[
-        "start", "n", "sk_b", "sk_g", "sk_n", "sc_b", "sc_h", "sc_n", "sc_w", "sl_b", "sl_h", "sl_n", "st_b", "st_h",
-        "st_n",
+        "start", "n", "so_h", "sk_b", "sk_g", "sk_n", "sc_b", "sc_h", "sc_n", "sc_w", "sl_b", "sl_h", "sl_n",
+        "st_b", "st_h", "st_n",
     ]
 )  # fmt: skip
 def label_kernel(
-    keys, channels, code, low, step, start, n, sk_b, sk_g, sk_n, sc_b, sc_h, sc_n, sc_w, sl_b, sl_h, sl_n,
+    keys, channels, code, low, step, start, n, so_h, sk_b, sk_g, sk_n, sc_b, sc_h, sc_n, sc_w, sl_b, sl_h, sl_n,
     st_b, st_h, st_n,
     H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr,
     BYTES: tl.constexpr, BY: tl.constexpr,
@@ -123,7 +123,7 @@ def label_kernel(
     for i in tl.static_range(EACH):
         o_c = o_y * EACH + i
         m_c = o_c < WIDTH
-        b_v = tl.load(p_key + tl.load(channels + i_h * WIDTH + o_c, mask=m_c, other=0)).to(tl.float32)
+        b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
         smallest = tl.minimum(smallest, tl.min(tl.where(m_c, b_v, float("inf"))))
         largest = tl.maximum(largest, tl.max(tl.where(m_c, b_v, float("-inf"))))
     least = tl.minimum(tl.maximum(smallest, -65504.0), 65504.0).to(tl.float16)
@@ -135,7 +135,7 @@ def label_kernel(
     for i in tl.static_range(EACH):
         o_c = o_y * EACH + i
         m_c = o_c < WIDTH
-        b_v = tl.load(p_key + tl.load(channels + i_h * WIDTH + o_c, mask=m_c, other=0)).to(tl.float32)
+        b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
         b_x = tl.div_rn(b_v - base, tl.where(width == 0, 1.0, width) + tl.zeros_like(b_v))
         b_x = tl.where(width == 0, 0.0, tl.minimum(tl.maximum(b_x, 0.0), LEVELS))
         b_byte += tl.where(m_c, whole(b_x).to(tl.int32), 0) << (i * BITS)
@@ -161,20 +161,20 @@ def one_and_code(b_word, AT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor",
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor", "so_h",
         "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h",
     ]
 )  # fmt: skip
 def label_score_kernel(
     q, channels, code, low, step, mask, limits, lines, scores, histogram, peaks, aboves, masses,
-    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor, so_h,
     sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
     LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` over a label's channels."""
+    """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` of a label."""
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     CODES: tl.constexpr = code.dtype.element_ty.primitive_bitwidth // 8 * (8 // BITS)  # of a word
@@ -185,7 +185,7 @@ def label_score_kernel(
     )
     o_h = i_g * (H // G) + o_m // Q
     p_q = q + i_b.to(tl.int64) * sq_b + o_h.to(tl.int64) * sq_h + o_q * sq_q
-    p_channel = channels + o_h * WIDTH
+    p_channel = channels + o_h * so_h
     p_code = code + i_b.to(tl.int64) * (sc_b * UNIT) + o_h[:, None].to(tl.int64) * (sc_h * UNIT)
     p_low = low + i_b.to(tl.int64) * (sl_b * UNIT) + o_h[:, None].to(tl.int64) * (sl_h * UNIT)
     p_step = step + i_b.to(tl.int64) * (st_b * UNIT) + o_h[:, None].to(tl.int64) * (st_h * UNIT)
