@@ -40,7 +40,7 @@ CONFIGS = {
     "hash_attention": {"type": "hash_attention", "heavy_size": 5},
     "double_sparsity": {"type": "double_sparsity", "heavy_size": 5, "group_factor": 8, "label_bits": 4},
     "pq_cache": {"type": "pq_cache", "heavy_size": 5, "pq_sub_dim": 0.5, "pq_bits": 3},
-    "socket": {"type": "socket", "heavy_size": 5, "K": 12, "L": 8},
+    "socket": {"type": "socket", "heavy_size": 5, "K": 12, "L": 4},
 }
 SUMMED = ("hash_attention", "socket")
 
@@ -252,9 +252,9 @@ def test_scores_and_peaks_alone(name):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_and_masks(name, rows):
-    real = left_padding(200, 0, 70)
-    case = Case(CONFIGS[name], B=2, K=200, Q=rows, real=real)
-    mask = real[:, None].expand(2, rows, 200).clone()
+    real = left_padding(160, 0, 70)
+    case = Case(CONFIGS[name], B=2, H=2, G=1, K=160, Q=rows, real=real)
+    mask = real[:, None].expand(2, rows, 160).clone()
     mask[:, :, 100:110] = False
     check(case, exact=name == "hash_attention", mask=mask)
     check(case, exact=name == "hash_attention", mask=mask, causal=False, masses=False)
@@ -306,7 +306,7 @@ def test_sequences_without_codebooks_score_their_keys():
 
 @kernel_test
 @pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize(("planes", "tables"), [(1, 5), (3, 7), (5, 60), (10, 6), (13, 3), (16, 4)])
+@pytest.mark.parametrize(("planes", "tables"), [(1, 5), (3, 7), (5, 60), (12, 8), (10, 6), (13, 3), (16, 4)])
 def test_hash_tables_of_any_size(planes, tables, summed):
     check(Case({**CONFIGS["socket"], "K": planes, "L": tables}, K=70), summed=summed)
 
