@@ -1,6 +1,6 @@
 """Stages of the decode kernels that select by side data, and what their launch parameters do: for tuning on a GPU.
 
-    python -m benchmarks.approximate [--variants]
+python -m benchmarks.approximate [--variants]
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sah_transformers.kernels.approximate.methods import METHODS, method_of
-from sah_transformers.kernels.decode import HAS_TRITON, on_device
+from sah_transformers.kernels.decode import DTYPES, HAS_TRITON, on_device
 from sah_transformers.selections import Estimated, Pages
 
 if TYPE_CHECKING:
@@ -20,20 +20,31 @@ FEW_KEYS = 16
 
 
 def in_place(
-    masker: Masker, keys: torch.Tensor, have: int, buffers: dict[str, Any] | None, padded: bool, context: Context
+    masker: Masker,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    have: int,
+    buffers: dict[str, Any] | None,
+    padded: bool,
+    context: Context,
 ) -> bool:
     """Whether ``append_in_place`` writes ``masker``'s side data of the keys from ``have`` on.
 
     Args:
-        keys: ``[B, G, K, D]``; buffers: what is kept of earlier keys, or None; padded: some keys are no real tokens.
+        keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; buffers: what is kept of earlier keys, or None.
+        padded: some keys are no real tokens; context: ``side`` holds what was prepared.
     """
     if not (context.fast and HAS_TRITON and runs_kernels(keys)) or keys.stride(3) != 1 or have == keys.shape[2]:
         return False
     selection = masker.describe()
     if isinstance(selection, Pages):
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
-    known = isinstance(selection, Estimated) and selection.estimate in METHODS and bool(buffers)
-    return known and not method_of(selection.estimate).why_not(masker)  # type: ignore[union-attr]
+    if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
+        return False
+    if keys.dtype not in DTYPES or values.stride(3) != 1 or max(keys.shape[3], values.shape[3]) > 256:
+        return False
+    given = masker.given(context, keys.shape[3], keys.device)
+    return not method_of(selection.estimate).why_not(given, keys.shape[3])
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -43,6 +54,7 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and tensor.dtype != torch.bfloat16
 
 
+@torch.no_grad()
 def append_in_place(
     masker: Masker,
     buffers: dict[str, torch.Tensor],

@@ -60,6 +60,10 @@ class Masker(ABC):
     prepared: ClassVar[tuple[str, ...]] = ()
     """Names that ``prepare`` returns."""
 
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Names of ``append``'s data ``[B, heads, n, words]`` that are stored as ``[B, heads, words, capacity]``: the same
+    word of neighbouring keys side by side. ``ctx.side`` has views of the usual shape."""
+
     def __init__(self, config: Any):
         self.config = config
 

@@ -9,7 +9,7 @@ run. Shapes, dtypes and limits are those of `kernels.decode`; the stack is first
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,12 +41,18 @@ def why_not(call: Call) -> str:
         low = call.side[-1]["low"]
         inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
         return "" if inside else "the page bounds are not contiguous"
-    return method_of(stack.selection.estimate).why_not(call.maskers[-1])
+    return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 
 def stack_of(call: Call) -> SideStack | str:
     """The call's stack in these kernels' words, or why there is none."""
     return read_side_stack([masker.describe() for masker in call.maskers], call.keys.shape[2])
+
+
+def given_to(call: Call) -> Any:
+    """What the kernels of the call's last masker need beside its side data."""
+    context = replace(call.context, side=call.side[-1])
+    return call.maskers[-1].given(context, call.keys.shape[3], call.keys.device)
 
 
 def attend(call: Call) -> torch.Tensor:
@@ -58,6 +64,6 @@ def attend(call: Call) -> torch.Tensor:
     inputs = inputs_of(call, stack.stack)
     if context.padded and inputs.mask is None:  # rows that see the padding too: pages do not count it
         inputs = replace(inputs, mask=torch.ones(1, 1, call.shape[3], dtype=torch.bool, device=call.keys.device))
-    given = masker.given(context, call.keys.shape[3], call.keys.device)
+    side = {name: t for name, t in call.side[-1].items() if name not in (*masker.prepared, "ready")}
     with on_device(call.queries):
-        return attend_rows(inputs, stack.selection, call.side[-1], given, context.positions)
+        return attend_rows(inputs, stack.selection, side, given_to(call), context.positions)

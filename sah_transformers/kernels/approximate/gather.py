@@ -13,7 +13,9 @@ from sah_transformers.kernels.decode.values import weight_of
 
 
 @triton.jit
-def bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+def bands_of(
+    limits, i_b, i_q, B, K, first_end, last_start, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+):
     """(begin, keys of the first band, start of the last band, keys of both, reach) of one row, as slots."""
     reach = tl.minimum(reach_of(i_q, K, Q, CAUSAL), K)
     begin, end = 0, reach

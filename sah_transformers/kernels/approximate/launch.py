@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
+
+MOST_ROWS = 4
+"""Rows of a program: more would not fit into registers with a tile of keys."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Scoring:
         mask, look: bool ``[B|1, Q|1, K]`` (or a stand-in) and its strides, 0 where the dimension is 1.
         limits: of `decode.limits.bounds_kernel`, if ``masked``.
         lines: ``[2, R]``, the brackets; histogram: int32 ``[R, bins]``; aboves: ``[R, chunks]``; unless ``masses_too``.
+            ``bins`` 0: neither is touched, and there are peaks alone.
         scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
         masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
         bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
@@ -93,6 +98,29 @@ class Scoring:
         return {**sizes, **flags, "BINS": self.bins}
 
 
+class Given:
+    """What the kernels of a method need beside side data: dataclasses of tensors and numbers, fixed once made."""
+
+    @cached_property
+    def traits(self) -> tuple[Any, ...]:
+        """What of it tells compiled kernels apart."""
+        return tuple(traits_of(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+
+
+def traits_of(value: Any) -> Any:
+    """A value, or of a tensor all but what it holds."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    return tuple(map(traits_of, value)) if isinstance(value, tuple) else value
+
+
+def form_of(t: torch.Tensor) -> tuple[Any, ...]:
+    """What of side data ``[B, heads, K, ...]`` tells compiled kernels apart: neither K nor the capacity."""
+    places = [s if s < 16 * t.shape[-1] else s % 16 for s in t.stride()[2:]]
+    outer = [s % 16 for s in t.stride()[:2]]
+    return t.dtype, t.shape[1], t.shape[3:], t.data_ptr() % 16, unit_of(t), *places, *outer, max(t.stride()) < 2**31
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
@@ -102,15 +130,23 @@ def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """``tensor [B, heads, K, width]`` of bytes as the longest words (8, 4, 2, 1 bytes) that hold whole keys' shares."""
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     for size, dtype in words.items():
-        if width % size == 0 and tensor.stride(-1) == 1 and not any(s % size for s in tensor.stride()[:3]):
-            if tensor.data_ptr() % size == 0:
-                return tensor.view(dtype)
+        places = (width, tensor.data_ptr(), *tensor.stride()[:3])
+        if tensor.stride(3) == 1 and not any(place % size for place in places):
+            return tensor.view(dtype)
     return tensor
 
 
 def unit_of(*tensors: torch.Tensor) -> int:
-    """16 where all strides over batches and heads are multiples of it, else 1."""
-    return 1 if any(s % 16 for t in tensors for s in t.stride()[:2]) else 16
+    """16 where storages hold a multiple of 16 keys, which may then be read in blocks beyond K, else 1.
+
+    ``[B, heads, K, ...]``, the data of a key together, or next to those of its neighbours (``[..., words, capacity]``).
+    """
+    for t in tensors:
+        apart = t.dim() == 4 and t.stride(3) > t.stride(2)
+        block = 16 if apart else 16 * t.stride(2)
+        if t.stride(0) % block or t.stride(1) % block or (apart and t.stride(3) % 16):
+            return 1
+    return 16
 
 
 def steps(tensor: torch.Tensor, unit: int) -> tuple[int, int]:
