@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from method_files import fit
 from test_decode_kernel import (
     DEVICE,
     DTYPES,
@@ -254,6 +255,78 @@ def test_side_data_in_place(stack, padded):
         assert torch.equal(call.side[-1][name], tensor)
     assert torch.equal(attend(call), attend(whole))
     assert call.context.padded == padded
+
+
+METHODS = {
+    "quest": {"type": "quest", "heavy_size": 0.1, "page_size": 4},
+    "double_sparsity": {"type": "double_sparsity", "heavy_size": 0.1, "group_factor": 8, "label_bits": 4},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": 0.5, "pq_bits": 3},
+    "hash_attention": {"type": "hash_attention", "heavy_size": 0.1},
+    "socket": {"type": "socket", "heavy_size": 0.1, "K": 5, "L": 20},
+}
+GROUPED = {name: ("head", "group") for name in METHODS}
+CALLS = [(name, gqa) for name, each in GROUPED.items() for gqa in each]
+
+
+def generate(config, rows=1, padded=(), lengths=(187, 188, 189, 190), D=64, dtype=torch.float32, data="normal"):
+    """The last call of a sequence of so many keys, on a state kept by kernels; all are checked against the reference's
+    selection by the same side data, which are those of all keys at once."""
+    K = max(lengths)
+    q, k, v = tensors(B=max(1, len(padded)), H=4, G=2, Q=rows, K=K, D=D, dtype=dtype, data=data)
+    masker = MaskerRegistry.create_masker(fit(config, 4, 2, D))
+    maskers = [MaskerRegistry.create_masker(one) for one in (sink(4), local(8))] + [masker]
+    real, state = left_padding(K, *padded) if padded else None, LayerState()
+    for n in lengths:
+        seen = None if real is None else real[:, :n]
+        keys, values = k[:, :, :n], v[:, :, :n]
+        call = make_call(q, keys, values, maskers, seen, layer_state=state, kernel="triton")
+        check(replace(call, kernel="reference"))
+        if not masker.pages():
+            made = masker.append(keys, values, replace(call.context, side=call.side[-1]))
+            assert all(torch.equal(call.side[-1][name], tensor) for name, tensor in made.items())
+    return call
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods(name, gqa, rows):
+    generate({**METHODS[name], "gqa": gqa}, rows)
+
+
+@kernel_test
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods_with_left_padding(name, gqa):
+    """A sequence with too few keys for codebooks beside one that has them."""
+    generate({**METHODS[name], "gqa": gqa}, padded=(0, 160))
+    generate({**METHODS[name], "gqa": gqa}, rows=3, padded=(7, 0), lengths=(150, 151, 170))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_go_on_after_a_crop(name):
+    """And over boundaries of pages, blocks of keys and buffers."""
+    generate(METHODS[name], lengths=(150, 151, 130, 131, 170, 171))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_in_half_precision(name):
+    generate(METHODS[name], D=128, dtype=torch.float16, lengths=(140, 141))
+
+
+@kernel_test
+@pytest.mark.parametrize("data", ["constant", "duplicates", "zero queries"])
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods_with_ties(name, gqa, data):
+    """More equal scores in a chunk than the cut's registers take: the row is searched as a whole."""
+    generate({**METHODS[name], "gqa": gqa}, data=data, lengths=(420,))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_several_chunks(name):
+    generate(METHODS[name], lengths=(2400, 2401), D=32)
 
 
 @gpu_test
