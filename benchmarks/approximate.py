@@ -32,7 +32,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"select_warps": 8, "select_scores": 2**13},
     ],
 }
-KEYS: list[dict[str, Any]] = [{}, {"slot": 256, "cut_warps": 32}, {"chunk": 2048, "slot": 256}, {"sample_warps": 4}]
 
 
 class Ranked(TopKMasker):
@@ -91,19 +90,16 @@ def main() -> None:
         cases = [case for case in load_suite("approximate") if not case.cpu]
         cases = [cases[int(i)] for i in sys.argv[1:] if i.isdigit()] or cases
         for case in cases:
-            measure(case, {}, dense=True, stages=True)
-        if "--variants" not in sys.argv:
-            return
-        for case in cases:
-            for changes in KEYS:
-                measure_keys(case, False, changes)
-            measure_keys(case, True, {})
-            measure_keys(case, True, {"slot": 256, "cut_warps": 32})
-        for case in cases:
             config = case.maskers[-1]
             assert isinstance(config, TopKMaskerConfig)
-            for changes in VARIANTS[config.gqa]:
-                measure(case, changes, dense=False, stages=True)
+            if "--keys" in sys.argv:
+                for whole in (False, True):
+                    measure_keys(case, whole, {})
+            else:
+                measure(case, {}, dense=True, stages=True)
+            if "--variants" in sys.argv:
+                for changes in VARIANTS[config.gqa]:
+                    measure(case, changes, dense=False, stages=True)
 
 
 if __name__ == "__main__":

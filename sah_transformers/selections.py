@@ -50,8 +50,9 @@ class Mass:
 
 @dataclass(frozen=True)
 class Pages:
-    """All visible keys of the ``ceil(budget / size)`` pages of ``size`` real tokens with the highest bounds, among those
-    that hold a candidate, the row's own first; per KV head (summed softmax of the other pages' bounds) if ``group``.
+    """All visible keys of the ``ceil(budget / size)`` pages of ``size`` real tokens with the highest bounds, among
+    those that hold a candidate, the row's own first; per KV head (summed softmax of the other pages' bounds) if
+    ``group``.
 
     The side data are ``low`` and ``high``, the elementwise bounds of a page's keys.
     """

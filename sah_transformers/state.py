@@ -236,7 +236,7 @@ class LayerState:
         """Positions of ``total`` keys, int64 ``[B, K]``; those of new keys are stored if some may be no real token."""
         if real is None and self._positions is None:
             return counting(total, device).expand(batch, -1)
-        start, count = self.length, 0
+        start, count = self.length, torch.zeros((), dtype=torch.int64, device=device)
         if self._positions is None:
             self._positions = SideBuffer(counting(start, device).expand(batch, 1, -1))
         fresh = torch.ones(batch, total - start, dtype=torch.bool, device=device)

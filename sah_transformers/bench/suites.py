@@ -38,8 +38,8 @@ class Case:
 
     Attributes:
         suite, name: where it comes from and what it is called.
-        op: ``"attention"``: the whole call against dense SDPA; ``"step"``: a decode step with side data kept of all keys
-            but the last, which is appended; ``"add_mask"``: the last masker's ``add_mask``;
+        op: ``"attention"``: the whole call against dense SDPA; ``"step"``: a decode step with side data of all
+            keys but the last, which is appended; ``"add_mask"``: the last masker's ``add_mask``;
             ``"host"``: time of the host and memory of an eager call.
         B, H, G, Q, K, D: sizes; ``S`` in the file stands for Q = K.
         dtype: of queries, keys and values.

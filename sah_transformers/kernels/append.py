@@ -89,10 +89,11 @@ def fold(
     unit = 8 if not any(s % 8 for s in (*keys.stride()[:3], dim)) else 1
     steps = [s // unit for s in keys.stride()[:3]]
     common: dict[str, Any] = {"G": groups, "D": dim, "BD": power_of_2(dim), "UNIT": unit, "PAGE": page}
+    warps = max(1, min(4, power_of_2(page) * power_of_2(dim) // 2048))
     if positions is None:
         pages = -(-total // page) - have // page
         fold_pages_kernel[pages, batch * groups](
-            keys, low, high, have, total, low.shape[2], *steps, **common, WIDE=power_of_2(page), num_warps=4
+            keys, low, high, have, total, low.shape[2], *steps, **common, WIDE=power_of_2(page), num_warps=warps
         )
         return
     fold_keys_kernel[(batch * groups,)](

@@ -58,26 +58,31 @@ def bracket_kernel(
             b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
         else:
             b_v = tl.sum(tl.where(m_h[:, None], b_s, 0.0), 0)
-    b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic; a bracket need not be exact
+    if REDUCE == "softmax":
+        b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
     wanted = size_of(n, size, share)
     candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
     low, high = count_bracket(b_v, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
     bad = (low != low) | (high != high) | (tl.sum(m_k.to(tl.int32)) == 0)
-    low = tl.where(bad, 0.0, tl.minimum(tl.maximum(low, -2.1e9), 2.1e9))
-    high = tl.where(bad, 0.0, tl.minimum(tl.maximum(high, -2.1e9), 2.1e9))
-    tl.store(edges + i_e, tl.floor(low).to(tl.int32))
-    tl.store(edges + E + i_e, tl.floor(high).to(tl.int32) + 1)
+    if REDUCE == "softmax":
+        low, high = tl.where(bad, 0.0, tl.maximum(low, 0.0)), tl.where(bad, 0.0, tl.minimum(high, 2.1e9))
+        low, high = tl.floor(low).to(tl.int32), tl.floor(high).to(tl.int32) + 1
+    else:
+        low, high = sortable(tl.where(bad, 0.0, low)), sortable(tl.where(bad, 0.0, high)) + 1
+    tl.store(edges + i_e, low)
+    tl.store(edges + E + i_e, high)
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
 def emit_kernel(
-    scores, ranking, limits, stats, edges, inside, places, tally, K, B, stride, chunks, first, first_share, last, last_share,
+    scores, ranking, limits, stats, edges, inside, places, tally, K, B, stride, chunks,
+    first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     REDUCE: tl.constexpr, CHUNK: tl.constexpr, SLOT: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One selection row, one chunk of keys: values and positions of the first ``SLOT`` candidates inside the bracket, to
-    ``inside`` and ``places [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``. A group's
-    values are written to ``ranking [E, stride]`` first."""
+    """One selection row, one chunk of keys: values and positions of the first ``SLOT`` candidates inside the bracket,
+    to ``inside`` and ``places [E, chunks, SLOT]``; how many lie above and inside to ``tally [2, E, chunks]``. A
+    group's values are written to ``ranking [E, stride]`` first."""
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = R if REDUCE == "none" else B * G * Q
@@ -154,6 +159,30 @@ def whole_cut(ranking, i_e, K, stride, first_end, last_start, room, BLOCK: tl.co
     return cut, tie
 
 
+@triton.jit
+def packed_cut(
+    inside, places, i_e, chunks, b_above, b_inside, room, held,
+    WIDTH: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """(cut, last position of the ties taken at it, keys taken per chunk) where ``room`` of the ``held`` candidates inside
+    the bracket are taken, at most ``WIDTH`` of a chunk."""
+    o_c, o_s = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
+    o_in = (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
+    m_in = (o_c < chunks)[:, None] & (o_s[None, :] < b_inside[:, None])
+    b_i = tl.load(inside + o_in, mask=m_in, other=NO_CANDIDATE)
+    cut, count = cut_of(b_i, room, held)
+    b_same = tl.sum((b_i == cut).to(tl.int32), 1)
+    b_taken = b_above + tl.sum((b_i > cut).to(tl.int32), 1)
+    tie = count * 0 + 0x7FFFFFFF
+    if count > room:
+        spare = room - count + tl.sum(b_same)
+        b_before = tl.cumsum(b_same, 0) - b_same
+        b_rank = tl.cumsum((b_i == cut).to(tl.int32), 1) + b_before[:, None]
+        tie = tl.max(tl.load(places + o_in, mask=(b_i == cut) & (b_rank == spare), other=0))
+        b_same = tl.minimum(tl.maximum(spare - b_before, 0), b_same)
+    return cut, tie, b_taken + b_same
+
+
 @triton.jit(
     do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share", "size", "share"]
 )
@@ -172,7 +201,7 @@ def cut_kernel(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
     room = size_of(n, size, share)
-    o_c, o_s = tl.arange(0, CHUNKS), tl.arange(0, SLOT)
+    o_c = tl.arange(0, CHUNKS)
     m_c = o_c < chunks
     p_t = tally + i_e.to(tl.int64) * chunks + o_c
     b_above = tl.load(p_t, mask=m_c, other=0)
@@ -181,22 +210,16 @@ def cut_kernel(
     candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
     cut, tie = NO_CANDIDATE + 1, K + 0
     b_taken = b_above
-    if (room < candidates) & (above < room) & (room <= above + held) & (tl.max(b_inside) <= SLOT):
-        o_in = (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
-        m_in = m_c[:, None] & (o_s[None, :] < b_inside[:, None])
-        b_i = tl.load(inside + o_in, mask=m_in, other=NO_CANDIDATE)
-        cut, count = cut_of(b_i, room - above, held)
-        b_same = tl.sum((b_i == cut).to(tl.int32), 1)
-        b_more = tl.sum((b_i > cut).to(tl.int32), 1)
-        if count > room - above:
-            spare = room - above - count + tl.sum(b_same)
-            b_before = tl.cumsum(b_same, 0) - b_same
-            b_take = tl.minimum(tl.maximum(spare - b_before, 0), b_same)
-            b_rank = tl.cumsum((b_i == cut).to(tl.int32), 1) + b_before[:, None]
-            tie = tl.max(tl.load(places + o_in, mask=(b_i == cut) & (b_rank == spare), other=0))
-            b_taken += b_more + b_take
-        else:
-            b_taken += b_more + b_same
+    most = tl.max(b_inside)
+    bracketed = (room < candidates) & (above < room) & (room <= above + held)
+    if bracketed & (most <= SLOT // 2):
+        cut, tie, b_taken = packed_cut(
+            inside, places, i_e, chunks, b_above, b_inside, room - above, held, SLOT // 2, SLOT, CHUNKS
+        )
+    elif bracketed & (most <= SLOT):
+        cut, tie, b_taken = packed_cut(
+            inside, places, i_e, chunks, b_above, b_inside, room - above, held, SLOT, SLOT, CHUNKS
+        )
     else:
         if room < candidates:
             cut, tie = whole_cut(ranking, i_e, K, stride, first_end, last_start, room, BLOCK)

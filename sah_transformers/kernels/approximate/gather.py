@@ -1,7 +1,8 @@
 """Exact attention over lists: of pages or of single keys, per query head or shared by the heads of a group.
 
 A row attends to the first and last keys and to what its list names between them; every key counts once. The work is
-cut into units of ``WIDE`` keys: first the entries of the list, then the bands. Parts are relative to peaks of their own.
+cut into units of ``WIDE`` keys: first the entries of the list, then the bands. Parts are relative to peaks of their
+own.
 """
 
 import triton
@@ -30,8 +31,8 @@ def bands_of(
 
 @triton.jit
 def keys_of(
-    lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, first_end, last_start, begin, head, tail, banded,
-    reach, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
+    lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, first_end, last_start, begin, head, tail,
+    banded, reach, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """(slots of the keys ``o_j`` of units ``o_u``, which of them the row attends to)."""
     m_u = o_u < listed
@@ -141,7 +142,8 @@ def gather_group_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, one part of its units: the group's heads share what is read."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)

@@ -13,7 +13,7 @@ def page_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, ``BM`` of its rows, ``BN`` pages: bounds ``sum_d max(q_d low_d, q_d high_d)``, ``scores [R, stride]``.
+    """One KV head, ``BM`` of its rows, ``BN`` pages: the bounds ``sum_d max(q_d low_d, q_d high_d)``, ``[R, stride]``.
 
     Pages without real tokens (``low > high``) count as zeros.
     """
@@ -41,7 +41,7 @@ def page_score_kernel(
 
 @triton.jit(do_not_specialize=["K", "tokens", "sp_b"])
 def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr):
-    """Where each real token lies: ``slots [B, tokens]`` from ``positions [B, K]``; the rest of ``slots`` is -1 before."""
+    """Where each real token lies: ``slots [B, tokens]`` from ``positions [B, K]``; the rest stays as it is."""
     i_b = tl.program_id(1).to(tl.int64)
     o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_p = tl.load(positions + i_b * sp_b + o_k, mask=o_k < K, other=-1)

@@ -45,6 +45,7 @@ class Work:
         x: tensors and numbers; side: side data by name, ``[B, heads, K or pages, ...]``; given: what the kernels of an
             estimate need beside it.
         positions: int64 ``[B, K]``, needed with a mask.
+        slots, memory: what must live until everything is launched.
     """
 
     x: Inputs
@@ -55,6 +56,8 @@ class Work:
     plan: Plan
     launch: Launcher
     out: torch.Tensor
+    slots: torch.Tensor | None = None
+    memory: Scratch | None = None
 
     def __post_init__(self) -> None:
         x = self.x
@@ -76,8 +79,7 @@ class Work:
             "limits": (5 * self.batch * self.rows, I32), "counts": (self.selections, I32),
             "sums": (parts * self.value_dim, F32), "peaks": (parts, F32), "totals": (parts, F32),
         }  # fmt: skip
-        scratch = Scratch(self.x.q.device, not self.launch.ready, {**sizes, **shared})
-        self.buffer = scratch  # keeps the memory until the call is launched
+        self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, {**sizes, **shared})
         return {name: scratch[name] for name in scratch.sizes}
 
     def split(self) -> int:
@@ -96,7 +98,8 @@ class Work:
         at_once = t.group_keys if self.shared else t.head_keys
         common = (
             launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
-            lists if slots is None else slots, s["sums"], s["peaks"], s["totals"], self.keys, self.batch, stride, tokens,
+            lists if slots is None else slots, s["sums"], s["peaks"], s["totals"],
+            self.keys, self.batch, stride, tokens,
             *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look, x.scaling, x.softcap or 1.0, *self.bands,
         )  # fmt: skip
         constants = {
@@ -137,7 +140,7 @@ def attend_pages(work: Work) -> None:
     mask, look = see(x, plan, launch, s["limits"])
     slots = None
     if masked:
-        slots, kept = find_slots(work, pages * page)
+        slots = find_slots(work, pages * page)
         wide = power_of_2(page)
         at_once = max(1, t.flag_pages * 16 // wide)
         launch(
@@ -145,8 +148,9 @@ def attend_pages(work: Work) -> None:
             work.keys, work.batch, pages, pages * page, *look,
             Q=work.rows, CAUSAL=x.causal, PAGE=page, WIDE=wide, BN=at_once,
         )  # fmt: skip
+    tiles = -(-work.heads // work.groups * work.rows // plan.bm)
     launch(
-        page_score_kernel, (-(-pages // t.score_pages), work.batch * work.groups, -(-work.heads // work.groups * work.rows // plan.bm)),
+        page_score_kernel, (-(-pages // t.score_pages), work.batch * work.groups, tiles),
         launch.address(x.q), launch.address(low), launch.address(high), s["scores"],
         pages, capacity, stride, *x.q.stride()[:3],
         **plan.shape, **plan.dims, BM=plan.bm, BN=t.score_pages, warps=t.score_warps,
@@ -157,20 +161,20 @@ def attend_pages(work: Work) -> None:
         work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
         **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
         HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
-        warps=t.select_warps if most_pages <= 8192 else 32,
+        warps=32 if most_pages > 8192 else t.group_select_warps if work.selection.group else t.select_warps,
     )  # fmt: skip
     work.gather(s, mask, look, slots, s["lists"], stride, page)
 
 
-def find_slots(work: Work, tokens: int) -> tuple[Any, torch.Tensor]:
-    """Where each real token of a sequence lies: int32 ``[B, tokens]``, -1 behind the last; as address and as tensor."""
+def find_slots(work: Work, tokens: int) -> Any:
+    """Where each real token of a sequence lies: int32 ``[B, tokens]``, -1 behind the last."""
     assert work.positions is not None
-    slots = torch.full((work.batch, tokens), -1, dtype=I32, device=work.x.q.device)
+    work.slots = slots = torch.full((work.batch, tokens), -1, dtype=I32, device=work.x.q.device)
     work.launch(
         slots_kernel, (-(-work.keys // 1024), work.batch, 1), work.launch.address(work.positions),
         work.launch.address(slots), work.keys, tokens, work.positions.stride(0), BLOCK=1024,
     )  # fmt: skip
-    return work.launch.address(slots), slots
+    return work.launch.address(slots)
 
 
 def attend_keys(work: Work) -> None:
@@ -214,7 +218,7 @@ def attend_keys(work: Work) -> None:
     inner = "none" if summed else reduce
     numbers = (work.keys, work.batch, stride // 16)
     rows = work.selections // work.batch
-    kinds = {**work.sighted, "REDUCE": inner}
+    kinds: dict[str, Any] = {**work.sighted, "REDUCE": inner}
     if summed:
         kinds["H"] = work.groups
     ranking = s["ranking"] if grouped else s["scores"]
@@ -231,8 +235,8 @@ def attend_keys(work: Work) -> None:
         **kinds, CHUNK=chunk, SLOT=t.slot, HEADS=side_by_side, warps=t.chunk_warps,
     )  # fmt: skip
     launch(
-        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["places"], s["tally"], s["cuts"],
-        s["offsets"], s["counts"], *numbers, chunks, *work.bands, *work.size,
+        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["places"], s["tally"],
+        s["cuts"], s["offsets"], s["counts"], *numbers, chunks, *work.bands, *work.size,
         **work.sighted, ROWS=rows, CHUNKS=most_chunks, SLOT=t.slot, CHUNK=chunk, BLOCK=4096, warps=t.cut_warps,
     )  # fmt: skip
     launch(

@@ -11,19 +11,22 @@ class Tuning:
 
     Attributes:
         score_pages, score_warps: pages per program of the bounds.
-        select_warps, select_scores: of the program that selects a row's pages; heads' scores that it holds at once.
+        select_warps, group_select_warps, select_scores: of the program that selects a row's pages; how many scores of
+            heads it holds at once.
         flag_pages: pages per program that looks a mask up.
         head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
             registers per thread at most.
         group_keys, group_warps, group_programs, group_stages: the same of a group.
         samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
-        slot, cut_warps: keys of a chunk inside the bracket that the cut holds in registers; its warps.
+        slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
+            half as many do; its warps.
     """
 
     score_pages: int = 64
     score_warps: int = 4
     select_warps: int = 8
-    select_scores: int = 2**15
+    group_select_warps: int = 16
+    select_scores: int = 2**14
     flag_pages: int = 128
     head_keys: int = 32
     head_warps: int = 1
@@ -37,7 +40,7 @@ class Tuning:
     sample_warps: int = 8
     chunk: int = 1024
     chunk_warps: int = 4
-    slot: int = 128
+    slot: int = 256
     cut_warps: int = 16
 
 
