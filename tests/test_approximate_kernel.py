@@ -264,8 +264,7 @@ METHODS = {
     "hash_attention": {"type": "hash_attention", "heavy_size": 0.1},
     "socket": {"type": "socket", "heavy_size": 0.1, "K": 5, "L": 20},
 }
-GROUPED = {name: ("head", "group") for name in METHODS}
-CALLS = [(name, gqa) for name, each in GROUPED.items() for gqa in each]
+CALLS = [(name, gqa) for name in METHODS for gqa in ("head", "group")]
 
 
 def generate(config, rows=1, padded=(), lengths=(187, 188, 189, 190), D=64, dtype=torch.float32, data="normal"):
