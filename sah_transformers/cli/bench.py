@@ -22,8 +22,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="decode, prefill, mask_update, add_mask, host, smoke, plot, or YAML files. Default: all with targets; "
-            "smoke on a CPU."
+            help="decode, approximate, prefill, mask_update, add_mask, host, smoke, plot, or YAML files. "
+            "Default: all with targets; smoke on a CPU."
         ),
     ] = None,
     only: Annotated[str | None, typer.Option(help="Only cases whose label contains this text.")] = None,

@@ -164,8 +164,8 @@ def packed_cut(
     inside, places, i_e, chunks, b_above, b_inside, room, held,
     WIDTH: tl.constexpr, SLOT: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """(cut, last position of the ties taken at it, keys taken per chunk) where ``room`` of the ``held`` candidates inside
-    the bracket are taken, at most ``WIDTH`` of a chunk."""
+    """(cut, last position of the ties taken at it, keys taken per chunk) where ``room`` of the ``held`` candidates
+    inside the bracket are taken, at most ``WIDTH`` of a chunk."""
     o_c, o_s = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     o_in = (i_e.to(tl.int64) * chunks + o_c[:, None]) * SLOT + o_s[None, :]
     m_in = (o_c < chunks)[:, None] & (o_s[None, :] < b_inside[:, None])
