@@ -202,7 +202,8 @@ def attend_keys(work: Work) -> None:
     s = work.scratch(
         {
             "scores": (scored * stride, F32), "peaked": (scored * pieces, F32),
-            "masses": (2 * scored * pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
+            "masses": (2 * scored * pieces if grouped else 1, F32),
+            "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
             "ranking": (work.selections * stride if grouped else 1, F32),
             "inside": (work.selections * chunks * t.slot, I32),
             "places": (work.selections * chunks * t.slot, I32), "tally": (2 * work.selections * chunks, I32),
