@@ -45,7 +45,7 @@ from sah_transformers.state import LayerState, State
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
