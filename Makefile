@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-5.17
-COMPILE := -m pytest -n 2 -m slow -k every_kernel tests/test_kernel_compile.py tests/test_prefill_compile.py
+COMPILE := -m pytest -n 2 -m slow -k every_kernel tests/test_kernel_compile.py tests/test_prefill_compile.py tests/test_approximate_compile.py
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test slow test-oldest compile lint types bench install clean

@@ -201,7 +201,7 @@ def make_call(
         softcap=softcap,
         heads=heads,
         head_offset=head_offset,
-        fast=kernel != "reference",
+        kernel=kernel,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
     stateful = [masker for masker in maskers if masker.needs_state]

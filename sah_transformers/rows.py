@@ -22,7 +22,7 @@ class Context:
         head_offset: global number of the first local query head (tensor parallel).
         positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
         padded: whether some keys may be no real tokens; False: each key's position is its place.
-        fast: whether kernels may write side data.
+        kernel: what may write side data, as for ``sparse_attention``.
         side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
     """
 
@@ -33,7 +33,7 @@ class Context:
     head_offset: int = 0
     positions: torch.Tensor | None = None
     padded: bool = False
-    fast: bool = False
+    kernel: str = "reference"
     side: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

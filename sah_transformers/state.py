@@ -25,12 +25,22 @@ GROWTH = 1.125
 """A full buffer grows by an eighth, so that appending a key costs no copy of the others."""
 
 
-class SideBuffer:
-    """One tensor ``[B, heads, length, ...]`` that grows in place along its keys."""
+BLOCK = 16
+"""Keys that kernels load at once."""
 
-    def __init__(self, first: torch.Tensor):
-        self.storage = first.clone(memory_format=torch.contiguous_format)  # the user's tensor may be a view
+
+class SideBuffer:
+    """One tensor ``[B, heads, length, ...]`` that grows in place along its keys.
+
+    The storage has room for a multiple of ``BLOCK`` keys. ``apart``: the same word ``[..., i]`` of neighbouring keys
+    lies side by side.
+    """
+
+    def __init__(self, first: torch.Tensor, apart: bool = False):
+        self.apart = apart
         self.length = first.shape[2]
+        self.storage = self._room(first, self.length)
+        self.storage[:, :, : self.length] = first
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, length, ...]``."""
@@ -39,11 +49,15 @@ class SideBuffer:
     def reserve(self, total: int) -> None:
         """Make room for ``total`` keys."""
         if total > self.storage.shape[2]:
-            room = max(total, int(self.storage.shape[2] * GROWTH) + 16)
-            grown = self.storage.new_empty((*self.storage.shape[:2], room, *self.storage.shape[3:]))
+            grown = self._room(self.storage, max(total, int(self.storage.shape[2] * GROWTH) + 16))
             grown[:, :, : self.length] = self.view()
             self.storage = grown
         self.storage = writable(self.storage)
+
+    def _room(self, like: torch.Tensor, keys: int) -> torch.Tensor:
+        """An empty storage for at least so many ``keys``."""
+        shape = (*like.shape[:2], -(-keys // BLOCK) * BLOCK, *like.shape[3:])
+        return like.new_empty((*shape[:2], shape[3], shape[2])).mT if self.apart else like.new_empty(shape)
 
     def append(self, new: torch.Tensor) -> None:
         """Add ``new [B, heads, n, ...]`` behind the stored keys."""
@@ -58,7 +72,7 @@ class SideBuffer:
 
     def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the stored data by ``operation`` of it."""
-        self.storage = operation(self.view())
+        self.storage = operation(self.storage.mT).mT if self.apart else operation(self.storage)
 
 
 class PageBuffer:
@@ -260,7 +274,7 @@ class LayerState:
                 side = {**prepared.data, "ready": prepared.ready}
             data = None
             part = replace(context, positions=positions[:, have:], side=side)
-            if not in_place(masker, keys, have, self._side.get(config), self.padded, part):
+            if not in_place(masker, keys, values, have, self._side.get(config), self.padded, part):
                 data = masker.append(keys[:, :, have:], values[:, :, have:], part)
                 check_side(masker, data, keys, keys.shape[2] - have, heads, self._side.get(config))
             appended[config] = masker, have, data
@@ -305,7 +319,7 @@ class LayerState:
                 buffer.crop(have)
                 buffer.append(tensor)
             else:
-                buffers[name] = SideBuffer(tensor)
+                buffers[name] = SideBuffer(tensor, name in masker.apart)
 
     def _prepare(self, masker: Masker, keys: torch.Tensor, values: torch.Tensor, context: Context) -> Prepared | None:
         """What ``masker`` makes once of each sequence: the stored object itself where nothing is new."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from method_files import fit
 from test_decode_kernel import (
     DEVICE,
     DTYPES,
@@ -44,7 +45,7 @@ from sah_transformers.state import LayerState, State
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -87,9 +88,14 @@ def best(size=0.1, gqa="head"):
     return ExactEstimate(ExactEstimateConfig(size, gqa))
 
 
+def made(stack):
+    """The maskers of a stack."""
+    return [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+
+
 def call_of(stack, q, k, v, **options):
     """The call; ``run`` takes the reference for it."""
-    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+    maskers = made(stack)
     return make_call(q, k, v, maskers, **{"kernel": "reference", **options})
 
 
@@ -136,6 +142,16 @@ STACKS = {
     "bands hold all keys": [sink(0.6), local(0.6), best()],
     "group keys": [*BASE, best(gqa="group")],
 }
+METHODS = {
+    "quest": {"type": "quest", "heavy_size": 0.1, "page_size": 4},
+    "double_sparsity": {"type": "double_sparsity", "heavy_size": 0.1, "group_factor": 8, "label_bits": 4},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": 0.5, "pq_bits": 3},
+    "hash_attention": {"type": "hash_attention", "heavy_size": 0.1},
+    "socket": {"type": "socket", "heavy_size": 0.1, "K": 5, "L": 8},
+}
+CALLS = [(name, gqa) for name in METHODS for gqa in ("head", "group")]
+LONG = {f"{name} {gqa}": [*BASE, fit({**METHODS[name], "gqa": gqa}, 8, 2, 64)] for name, gqa in CALLS}
+"""For 8 heads on 2 of 64 dimensions."""
 FEW = ["pages", "group pages", "keys", "group keys"]
 SHAPES = {
     "one key": {"K": 1},
@@ -233,7 +249,7 @@ def test_two_runs_give_the_same_bits(stack):
 
 def steps(stack, q, k, v, first, **options):
     """The last call of a sequence that came as ``first`` keys at once, then key by key."""
-    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in stack]
+    maskers = made(stack)
     state = LayerState()
     for length in range(first, k.shape[2] + 1):
         masks = {name: mask[:, :length] for name, mask in options.items()}
@@ -256,6 +272,67 @@ def test_side_data_in_place(stack, padded):
     assert call.context.padded == padded
 
 
+def generate(config, rows=1, padded=(), lengths=(87, 88, 89), D=64, dtype=torch.float32, data="normal"):
+    """The last call of a sequence of so many keys, on a state kept by kernels; all are checked against the reference's
+    selection by the same side data, which are those of all keys at once."""
+    K = max(lengths)
+    q, k, v = tensors(B=max(1, len(padded)), H=4, G=2, Q=rows, K=K, D=D, dtype=dtype, data=data)
+    masker = MaskerRegistry.create_masker(fit(config, 4, 2, D))
+    maskers = [MaskerRegistry.create_masker(one) for one in (sink(4), local(8))] + [masker]
+    real, state = left_padding(K, *padded) if padded else None, LayerState()
+    for n in lengths:
+        seen = None if real is None else real[:, :n]
+        keys, values = k[:, :, :n], v[:, :, :n]
+        call = make_call(q, keys, values, maskers, seen, layer_state=state, kernel="triton")
+        check(replace(call, kernel="reference"))
+        if not masker.pages():
+            made = masker.append(keys, values, replace(call.context, side=call.side[-1]))
+            assert all(torch.equal(call.side[-1][name], tensor) for name, tensor in made.items())
+    return call
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods(name, gqa, rows):
+    generate({**METHODS[name], "gqa": gqa}, rows)
+
+
+@kernel_test
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods_with_left_padding(name, gqa):
+    """A sequence with too few keys for codebooks beside one that has them."""
+    generate({**METHODS[name], "gqa": gqa}, padded=(0, 60))
+    generate({**METHODS[name], "gqa": gqa}, rows=3, padded=(7, 0), lengths=(70, 90))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_go_on_after_a_crop(name):
+    """And over boundaries of pages, blocks of keys and buffers."""
+    generate(METHODS[name], lengths=(80, 81, 61, 62, 97))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_in_half_precision(name):
+    generate(METHODS[name], D=128, dtype=torch.float16, lengths=(70, 71))
+
+
+@kernel_test
+@pytest.mark.parametrize("data", ["constant", "duplicates", "zero queries"])
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_methods_with_ties(name, gqa, data):
+    """More equal scores in a chunk than the cut's registers take: the row is searched as a whole."""
+    generate({**METHODS[name], "gqa": gqa}, data=data, lengths=(420,))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_several_chunks(name):
+    generate(METHODS[name], lengths=(2400, 2401), D=32)
+
+
 @gpu_test
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", ["normal", *TIES, "one heavy"])
@@ -273,13 +350,27 @@ def test_long(stack, data):
 
 @gpu_test
 @pytest.mark.gpu
+@pytest.mark.parametrize("data", ["normal", "constant", "duplicates"])
+@pytest.mark.parametrize("stack", LONG)
+def test_methods_long(stack, data):
+    """As ``test_long``; scores closer than their rounding may be ordered otherwise."""
+    q, k, v = tensors(H=8, G=2, K=40_000, D=64, data=data)
+    call = call_of(LONG[stack], q * 0.02 if data == "normal" else q, k, v)
+    out, truth = attend(call), run(call)[0]
+    close = (out - truth).abs().amax(-1) <= 2e-5 * truth.abs().max()
+    assert close.sum() >= close.numel() - (4 if data == "normal" else 0)
+    assert torch.equal(out, attend(call))
+
+
+@gpu_test
+@pytest.mark.gpu
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("stack", FEW)
+@pytest.mark.parametrize("stack", [*FEW, *LONG])
 def test_graph_without_synchronisation(stack, padded):
     """A whole step, the append included, waits for nothing; a captured one follows its changed inputs."""
     q, k, v = tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16)
     options = {"attention_mask": left_padding(5000, 0, 900)} if padded else {}
-    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    maskers = made({**STACKS, **LONG}[stack])
     state = State().layer(0)
     earlier = {name: mask[:, :4999] for name, mask in options.items()}
     make_call(q, k[:, :, :4999], v[:, :, :4999], maskers, layer_state=state, **earlier)
@@ -309,16 +400,19 @@ def test_graph_without_synchronisation(stack, padded):
 
 @gpu_test
 @pytest.mark.gpu
-@pytest.mark.parametrize("stack", ["pages", "keys"])
+@pytest.mark.parametrize("stack", ["pages", "keys", *(f"{name} head" for name in METHODS)])
 def test_growing_cache_does_not_recompile(stack):
     """Steps of a generation share compiled kernels until the length doubles."""
     from sah_transformers.kernels.decode import kernel
 
     q, k, v = tensors(H=8, G=2, K=3000, D=64, dtype=torch.float32)
-    maskers = [one if isinstance(one, ExactEstimate) else MaskerRegistry.create_masker(one) for one in STACKS[stack]]
+    maskers = made({**STACKS, **LONG}[stack])
     state = LayerState()
+    apart = 0
     kernel.PLANS.clear()
     for length in range(2100, 2200):
         call = make_call(q, k[:, :, :length], v[:, :, :length], maskers, layer_state=state, kernel="triton")
-        torch.testing.assert_close(attend(call), run(replace(call, kernel="reference"))[0], rtol=1e-4, atol=1e-5)
+        truth = run(replace(call, kernel="reference"))[0]
+        apart += ((attend(call) - truth).abs().amax(-1) > 1e-4 * truth.abs().max()).sum()
     assert len(kernel.PLANS) == 1
+    assert apart <= 4  # of 800 rows: scores closer than their rounding

@@ -380,7 +380,7 @@ def test_long_prefills_are_checked_in_places(monkeypatch):
 def test_budgets_are_counted():
     one = case(SINK, LOCAL, TOP_K, K=400, Q=300, B=2)
     call = call_of(one, tensors(one, "cpu"), "auto")
-    _, counts = check.reference(one, tensors(one, "cpu"), 0, 300)
+    _, counts = check.reference(call_of(one, tensors(one, "cpu"), "reference"))
     check._check_budgets(call, counts)
     counts[1, 17, 2] += 1
     with pytest.raises(check.CheckFailed, match="1 of 2400 rows have another number of keys"):

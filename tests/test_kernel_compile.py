@@ -30,13 +30,16 @@ FORMS = {
     "float32 D=80": {"dtype": torch.float32, "D": 80},
     "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
 }
+ESTIMATES = {"hash_attention": "sum", "double_sparsity": "softmax", "pq_cache": "softmax", "socket": "sum"}
 SIDE = {
     "quest": {"type": "quest", "heavy_size": 0.05},
     "quest per KV head": {"type": "quest", "heavy_size": 0.05, "gqa": "group"},
     "quest, pages of 7": {"type": "quest", "heavy_size": 100, "page_size": 7},
-    "keys": ("none", 0.05),
-    "keys per KV head": ("softmax", 0.05),
-    "keys summed": ("sum", 0.05),
+    "keys": ("none", "exact"),
+    "keys per KV head": ("softmax", "exact"),
+    "keys summed": ("sum", "exact"),
+    **{name: ("none", name) for name in ESTIMATES},
+    **{f"{name} per KV head": (reduce, name) for name, reduce in ESTIMATES.items()},
 }
 MASKS = {
     "256 keys": {"K": 256},
@@ -97,10 +100,11 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
     """What one decode call with a selection by side data would launch, the append included."""
     from sah_transformers.kernels import append
     from sah_transformers.kernels.approximate import fold, pipeline
+    from sah_transformers.kernels.approximate.methods import method_of
     from sah_transformers.kernels.approximate.stack import read_side_stack
     from sah_transformers.kernels.decode.kernel import Inputs
     from sah_transformers.maskers import MaskerRegistry
-    from sah_transformers.selections import Estimated, First
+    from sah_transformers.selections import Estimated, First, Pages
 
     recorded = []
 
@@ -121,9 +125,14 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    chosen, side = SIDE[stack], {}
+    chosen, side, given = SIDE[stack], {}, None
     if isinstance(chosen, tuple):
-        selection = Estimated(chosen[1], chosen[0] != "none", chosen[0] if chosen[0] != "none" else "sum", "exact")
+        reduce, estimate = chosen
+        selection = Estimated(0.05, reduce != "none", reduce if reduce != "none" else "sum", estimate)
+        if estimate != "exact":
+            from test_approximate_compile import side_of
+
+            side, given = side_of(estimate, method_of(estimate), B, H, G, K, D, True)
     else:
         selection = MaskerRegistry.create_masker(chosen).describe()
         side = {name: tensor(B, G, -(-K // selection.size), D) for name in ("low", "high")}
@@ -139,8 +148,8 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
     try:
         for name, one in kernels.items():
             setattr(fold, name, Direct(one))
-        pipeline.attend_rows(inputs, selection, side, None, positions)
-        if side:
+        pipeline.attend_rows(inputs, selection, side, given, positions)
+        if isinstance(selection, Pages):
             append.fold(side["low"], side["high"], keys, K - 1, positions if masked else None, selection.size)
     finally:
         pipeline.Launcher = launcher
@@ -188,7 +197,7 @@ def compiled(launch, architecture):
     from triton.compiler import ASTSource
 
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
-    names |= {torch.int32: "*i32", torch.int64: "*i64"}
+    names |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64"}
     function = launch.kernel
     signature, constants, attributes = {}, {}, {}
     plain = set(function.do_not_specialize or ())
@@ -269,7 +278,7 @@ def test_every_kernel_compiles(architecture):
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 150
+    assert run.stdout.count("compiled") >= 380
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sah_transformers.attention import Call, run
-from sah_transformers.bench.inputs import Tensors, call_of, tensors, visible
+from sah_transformers.bench.inputs import Tensors, call_of, maskers_of, tensors, visible
 from sah_transformers.bench.suites import Case
 from sah_transformers.budget import resolve_budget
 from sah_transformers.kernels import decode
@@ -68,7 +68,9 @@ def check_attention(case: Case, inputs: Tensors, call: Call, out: torch.Tensor) 
     counted = _counted(call)
     error, kept = 0.0, 0.0
     for start, stop in places(case):
-        truth, counts = reference(case, inputs, start, stop)
+        whole = replace(call, kernel="reference")  # of a step with the side data that it has
+        part = whole if case.op == "step" else call_of(case, inputs, "reference", start, stop)
+        truth, counts = reference(part)
         error = max(error, _relative(out[:, start:stop], truth, dims=None).item())
         kept = counts.float().mean().item()
         if counted is not None:
@@ -91,10 +93,10 @@ def places(case: Case) -> list[tuple[int, int]]:
     return [(last * i // (PLACES - 1), last * i // (PLACES - 1) + ROWS) for i in range(PLACES)]
 
 
-def reference(case: Case, inputs: Tensors, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out ``[B, q, H, D]``, keys of each row ``[B, q, H]``) of the rows ``start:stop``."""
+def reference(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out ``[B, q, H, D]``, keys of each row ``[B, q, H]``) of a call to the reference."""
     masks: list[Mask] = []
-    truth, _ = run(call_of(case, inputs, "reference", start, stop), masks=masks)
+    truth, _ = run(call, masks=masks)
     return truth, torch.cat([mask.active().sum(-1) for mask in masks], dim=2).transpose(1, 2)
 
 
@@ -114,12 +116,12 @@ def check_rows(case: Case, kernel: str, device: str) -> tuple[int, int]:
     """
     inputs = tensors(case, device, FLAT, seed=2)
     out = run(call_of(case, inputs, kernel))[0]
-    selections = [MaskerRegistry.create_masker(config).describe() for config in case.maskers]
+    selections = [masker.describe() for masker in maskers_of(case)]
     exact = all(isinstance(one, First | Last) for one in selections)
     summed = not exact and not any(isinstance(one, Best) and not one.group for one in selections)
     rows = apart = 0
     for start, stop in places(case):
-        truth, counts = reference(case, inputs, start, stop)
+        truth, counts = reference(call_of(case, inputs, "reference", start, stop))
         error = _relative(out[:, start:stop], truth, dims=-1)
         rounding = ROUNDING[case.dtype]
         limit = rounding + (0.0 if exact else (8 / counts.double()).sqrt())

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
 import torch
 
 from sah_transformers.attention import Call, make_call
 from sah_transformers.bench.suites import Case
 from sah_transformers.mask import Mask
-from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.maskers import MaskerConfig, MaskerRegistry
+from sah_transformers.maskers.base import Masker
+from sah_transformers.maskers.channel_file import write_channels
+from sah_transformers.maskers.double_sparsity import DoubleSparsityTopKMaskerConfig
+from sah_transformers.maskers.hash_attention import HashAttentionTopKMaskerConfig
+from sah_transformers.maskers.hash_weights import write_hash_weights
 from sah_transformers.state import LayerState
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+RANDOM = "random"
+"""A file by this name is made for the case, of random channels or weights."""
 
 
 def tensors(case: Case, device: str, q_scale: float | None = None, seed: int = 0) -> Tensors:
@@ -26,13 +40,57 @@ def tensors(case: Case, device: str, q_scale: float | None = None, seed: int = 0
     return q * (case.q_scale if q_scale is None else q_scale), k, v
 
 
+def maskers_of(case: Case) -> list[Masker]:
+    """The case's maskers."""
+    return [MaskerRegistry.create_masker(fitted(config, case)) for config in case.maskers]
+
+
+def fitted(config: MaskerConfig, case: Case) -> MaskerConfig:
+    """A config with files made for the case where it asks for random ones."""
+    if isinstance(config, DoubleSparsityTopKMaskerConfig) and config.sorted_channel_file == RANDOM:
+        return replace(config, sorted_channel_file=random_channels(case.H, case.D))
+    if isinstance(config, HashAttentionTopKMaskerConfig) and config.hat_weight_file == RANDOM:
+        return replace(config, hat_weight_file=random_weights(case.H, case.G, case.D, config.hat_bits))
+    return config
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where files lie as long as the process runs."""
+    return tempfile.TemporaryDirectory(prefix="sah-bench-")
+
+
+@cache
+def random_channels(heads: int, dim: int) -> str:
+    """A channel file of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    path = Path(_folder().name, f"channels-{heads}-{dim}.json")
+    write_channels(path, {0: [torch.randperm(dim, generator=generator).tolist() for _ in range(heads)]})
+    return str(path)
+
+
+@cache
+def random_weights(heads: int, groups: int, dim: int, bits: int) -> str:
+    """Weights of the hash of one layer, of the size that ``sah train hash-attention`` makes, per query head."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mlp() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        sizes = [dim, dim, dim, bits]
+        return [
+            (torch.randn(heads, o, i, generator=generator) / i**0.5, torch.zeros(heads, o)) for i, o in pairwise(sizes)
+        ]
+
+    path = Path(_folder().name, f"weights-{heads}-{groups}-{dim}-{bits}.safetensors")
+    write_hash_weights(path, {0: {side: mlp() for side in "qk"}}, heads, groups)
+    return str(path)
+
+
 def call_of(case: Case, inputs: Tensors, kernel: str, start: int = 0, stop: int | None = None) -> Call:
     """The case's call, or that of its rows ``start:stop`` alone with the keys in their reach."""
     q, k, v = inputs
     stop = case.Q if stop is None else stop
     reach = stop + case.K - case.Q
-    maskers = [MaskerRegistry.create_masker(config) for config in case.maskers]
-    return make_call(q[:, :, start:stop], k[:, :, :reach], v[:, :, :reach], maskers, kernel=kernel)
+    return make_call(q[:, :, start:stop], k[:, :, :reach], v[:, :, :reach], maskers_of(case), kernel=kernel)
 
 
 class Step:
@@ -40,7 +98,7 @@ class Step:
 
     def __init__(self, case: Case, inputs: Tensors, kernel: str):
         self.case, self.inputs, self.kernel = case, inputs, kernel
-        self.maskers = [MaskerRegistry.create_masker(config) for config in case.maskers]
+        self.maskers = maskers_of(case)
         self.state = LayerState()
         q, k, v = inputs
         self.before = case.K - case.Q

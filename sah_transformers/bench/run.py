@@ -12,7 +12,7 @@ from sah_transformers import sparse_attention
 from sah_transformers.attention import make_call, run
 from sah_transformers.bench.check import Checked, CheckFailed, check_attention, check_mask
 from sah_transformers.bench.dense import dense_functions
-from sah_transformers.bench.inputs import Step, Tensors, call_of, previous_mask, tensors
+from sah_transformers.bench.inputs import Step, Tensors, call_of, maskers_of, previous_mask, tensors
 from sah_transformers.bench.suites import AT_MOST, Case
 from sah_transformers.bench.timing import SECONDS, Function, Times, compare, first_call, host_us, stage_us
 from sah_transformers.maskers import MaskerRegistry
@@ -252,7 +252,7 @@ def _step(result: Result, setup: Setup) -> None:
 def _attention_bytes(case: Case, inputs: Tensors, kept: float) -> int:
     """What an exact call has to move: each input that is needed once, the output, scores of few rows there and back."""
     queries, keys, values = inputs
-    selections = [MaskerRegistry.create_masker(config).describe() for config in case.maskers]
+    selections = [masker.describe() for masker in maskers_of(case)]
     windows = all(isinstance(one, First | Last) for one in selections)
     if case.Q > 1:
         return 2 * queries.nbytes + keys.nbytes + values.nbytes

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import METHODS, method_of
-from sah_transformers.kernels.decode import HAS_TRITON, on_device
+from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, method_of
+from sah_transformers.kernels.decode import DTYPES, HAS_TRITON, on_device
 from sah_transformers.selections import Estimated, Pages
 
 if TYPE_CHECKING:
@@ -20,27 +20,35 @@ FEW_KEYS = 16
 
 
 def in_place(
-    masker: Masker, keys: torch.Tensor, have: int, buffers: dict[str, Any] | None, padded: bool, context: Context
+    masker: Masker,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    have: int,
+    buffers: dict[str, Any] | None,
+    padded: bool,
+    context: Context,
 ) -> bool:
     """Whether ``append_in_place`` writes ``masker``'s side data of the keys from ``have`` on.
 
     Args:
-        keys: ``[B, G, K, D]``; buffers: what is kept of earlier keys, or None; padded: some keys are no real tokens.
+        keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; buffers: what is kept of earlier keys, or None.
+        padded: some keys are no real tokens; context: ``side`` holds what was prepared.
     """
-    if not (context.fast and HAS_TRITON and runs_kernels(keys)) or keys.stride(3) != 1 or have == keys.shape[2]:
+    if context.kernel == "reference" or not (HAS_TRITON and runs_kernels(keys)):
+        return False
+    if keys.stride(3) != 1 or have == keys.shape[2]:
         return False
     selection = masker.describe()
     if isinstance(selection, Pages):
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
     if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
         return False
-    return not method_of(selection.estimate).why_not(given_of(masker, selection, keys, context), keys.shape[3])
-
-
-def given_of(masker: Masker, selection: Estimated, keys: torch.Tensor, context: Context) -> Any:
-    """What the estimate's kernels need beside the side data; what was prepared is in ``context.side``."""
-    queries = keys.new_empty(keys.shape[0], context.heads, 0, keys.shape[3])
-    return method_of(selection.estimate).given_of(masker, queries, context)
+    if context.kernel == "auto" and selection.estimate in UNPROVEN:
+        return False
+    if keys.dtype not in DTYPES or values.stride(3) != 1 or max(keys.shape[3], values.shape[3]) > 256:
+        return False
+    given = masker.given(context, keys.shape[3], keys.device)
+    return not method_of(selection.estimate).why_not(given, keys.shape[3])
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -50,6 +58,7 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and tensor.dtype != torch.bfloat16
 
 
+@torch.no_grad()
 def append_in_place(
     masker: Masker,
     buffers: dict[str, torch.Tensor],
@@ -69,7 +78,7 @@ def append_in_place(
         if isinstance(selection, Pages):
             fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
         elif isinstance(selection, Estimated):
-            given = given_of(masker, selection, keys, context)
+            given = masker.given(context, keys.shape[3], keys.device)
             method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
 
 

@@ -60,6 +60,10 @@ class Masker(ABC):
     prepared: ClassVar[tuple[str, ...]] = ()
     """Names that ``prepare`` returns."""
 
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Names of ``append``'s data ``[B, heads, n, words]`` that are stored as ``[B, heads, words, capacity]``: the same
+    word of neighbouring keys side by side. ``ctx.side`` has views of the usual shape."""
+
     def __init__(self, config: Any):
         self.config = config
 
@@ -82,6 +86,14 @@ class Masker(ABC):
 
     def describe(self) -> Selection | None:
         """The selection in words that kernels understand, or None for the reference only."""
+        return None
+
+    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
+        """What the kernels of ``selections.Estimated`` need beside the side data: weights of the layer's local heads.
+
+        Args:
+            ctx: layer and heads; dim: the head dimension.
+        """
         return None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:

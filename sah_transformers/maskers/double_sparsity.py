@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,6 +13,7 @@ from sah_transformers.maskers.model_files import check_heads, check_path, local_
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context, Rows, by_group, dot
+from sah_transformers.selections import Estimated, Selection
 
 UNQUANTISED = 16
 """``label_bits`` with which labels are kept as they are, in the keys' dtype."""
@@ -93,6 +94,15 @@ class DoubleSparsityTopKMasker(TopKMasker):
         if group_factor > dim:
             raise ValueError(f"group_factor must be at most the head dimension {dim}, got {group_factor}")
         return channels[local_heads(f"{FIELD}: {path}", len(channels), ctx, heads), : dim // group_factor]
+
+    def describe(self) -> Selection:
+        options = (("bits", self.config.label_bits),)
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", "softmax", "double_sparsity", options)
+
+    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
+        from sah_transformers.kernels.approximate.double_sparsity import given_of
+
+        return given_of(self, ctx.layer_idx, ctx.heads, ctx.head_offset, dim, device)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         channels = self.channels(ctx, ctx.heads, keys.shape[-1], keys.device)

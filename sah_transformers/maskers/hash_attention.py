@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from sah_transformers.maskers.model_files import check_heads, check_path, local_
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context
+from sah_transformers.selections import Estimated, Selection
 
 WORD = 32
 """Bits of a stored word."""
@@ -88,6 +89,15 @@ class HashAttentionTopKMasker(TopKMasker):
         local = slice(local.start // share, local.stop // share)
         pairs = mlp_on(self.config.hat_weight_file, ctx.layer_idx, side, device)
         return tuple((weight[local], bias[local]) for weight, bias in pairs)
+
+    def describe(self) -> Selection:
+        options = (("bits", self.config.hat_bits),)
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", "sum", "hash_attention", options)
+
+    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
+        from sah_transformers.kernels.approximate.hash_attention import given_of
+
+        return given_of(self, ctx.layer_idx, ctx.heads, ctx.head_offset, dim, device)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         mlp = self.mlp("k", ctx, ctx.heads, keys.shape[-1], keys.device)

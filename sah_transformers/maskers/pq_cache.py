@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -11,6 +11,7 @@ from sah_transformers.budget import check_number
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context, dot
+from sah_transformers.selections import Estimated, Selection
 
 GRID = 2**20
 """Sub-vectors are rounded to whole numbers up to this, the largest of the prompt's near it: then every product and
@@ -100,6 +101,15 @@ class PQCache(TopKMasker):
                 f"and a head dimension of {dim}"
             )
         return dim // int(width)
+
+    def describe(self) -> Selection:
+        options = (("bits", self.config.pq_bits),)
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", "softmax", "pq_cache", options)
+
+    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
+        from sah_transformers.kernels.approximate.pq_cache import given_of
+
+        return given_of(ctx.side)
 
     def prepare(
         self, keys: torch.Tensor, values: torch.Tensor, ctx: Context

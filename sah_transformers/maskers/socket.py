@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,6 +13,7 @@ from sah_transformers.budget import check_number
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context
+from sah_transformers.selections import Estimated, Selection
 
 WORD = 32
 
@@ -68,6 +69,16 @@ class SocketMasker(TopKMasker):
 
     config: SocketMaskerConfig
     group_reduce = "sum"
+    apart = ("buckets",)
+
+    def describe(self) -> Selection:
+        options = (("planes", self.config.K), ("tables", self.config.L), ("tau", self.config.tau))
+        return Estimated(self.config.heavy_size, self.config.gqa == "group", "sum", "socket", options)
+
+    def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
+        from sah_transformers.kernels.approximate.socket import given_of
+
+        return given_of(self.config, ctx.layer_idx, dim, device)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Buckets and value norms of new keys."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.approximate.methods import UNPROVEN, method_of
 from sah_transformers.kernels.approximate.stack import SideStack, read_side_stack
 from sah_transformers.kernels.decode import inputs_of, on_device, unfit
 from sah_transformers.selections import Estimated, Pages
@@ -30,7 +30,10 @@ def by_side_data(call: Call) -> bool:
 
 
 def why_not(call: Call) -> str:
-    """Why these kernels cannot take ``call``, or "" when they can."""
+    """Why these kernels cannot take ``call``, or "" when they can.
+
+    With ``kernel="auto"`` methods that have not been through their tests on a GPU are left alone.
+    """
     reason = unfit(call)
     if reason:
         return reason
@@ -41,7 +44,9 @@ def why_not(call: Call) -> str:
         low = call.side[-1]["low"]
         inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
         return "" if inside else "the page bounds are not contiguous"
-    return method_of(stack.selection.estimate).why_not(given_of(call, stack.selection), call.keys.shape[3])
+    if call.kernel == "auto" and stack.selection.estimate in UNPROVEN:
+        return f"the kernels of {stack.selection.estimate} have not been tested on a GPU yet (kernel='triton' takes them)"
+    return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 
 def stack_of(call: Call) -> SideStack | str:
@@ -49,21 +54,21 @@ def stack_of(call: Call) -> SideStack | str:
     return read_side_stack([masker.describe() for masker in call.maskers], call.keys.shape[2])
 
 
-def given_of(call: Call, selection: Estimated) -> Any:
-    """What the estimate's kernels need beside the side data."""
+def given_to(call: Call) -> Any:
+    """What the kernels of the call's last masker need beside its side data."""
     context = replace(call.context, side=call.side[-1])
-    return method_of(selection.estimate).given_of(call.maskers[-1], call.queries, context)
+    return call.maskers[-1].given(context, call.keys.shape[3], call.keys.device)
 
 
 def attend(call: Call) -> torch.Tensor:
     """Attention of a call that ``why_not`` has nothing against, ``[B, Q, H, Dv]``."""
     from sah_transformers.kernels.approximate.pipeline import attend_rows
 
-    stack, context = stack_of(call), call.context
+    stack, context, masker = stack_of(call), call.context, call.maskers[-1]
     assert not isinstance(stack, str)
     inputs = inputs_of(call, stack.stack)
     if context.padded and inputs.mask is None:  # rows that see the padding too: pages do not count it
         inputs = replace(inputs, mask=torch.ones(1, 1, call.shape[3], dtype=torch.bool, device=call.keys.device))
-    given = given_of(call, stack.selection) if isinstance(stack.selection, Estimated) else None
+    side = {name: t for name, t in call.side[-1].items() if name not in (*masker.prepared, "ready")}
     with on_device(call.queries):
-        return attend_rows(inputs, stack.selection, call.side[-1], given, context.positions)
+        return attend_rows(inputs, stack.selection, side, given_to(call), context.positions)

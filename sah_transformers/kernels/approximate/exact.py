@@ -13,11 +13,7 @@ from sah_transformers.kernels.decode.score import score_kernel
 TILES = (Tile(64, 4, 4),)
 
 
-def given_of(masker: Any, queries: torch.Tensor, ctx: Any) -> None:
-    """Nothing beside the keys."""
-
-
-def why_not(given: None, dim: int) -> str:
+def why_not(given: Any, dim: int) -> str:
     return ""
 
 

@@ -165,6 +165,7 @@ def gather_group_kernel(
     units = listed + tl.cdiv(banded, WIDE)
     each = tl.cdiv(tl.cdiv(units, splits), UNITS) * UNITS
     b_acc = tl.zeros([BM, BDV], tl.float32)
+    b_zero = b_acc + scaling * 0.0  # not a constant: Triton would turn the sum of tiles into one chain
     b_peak, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     for start in tl.range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS, num_stages=STAGES):
         o_k, m_k = keys_of(
@@ -184,7 +185,11 @@ def gather_group_kernel(
         b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
         b_w = weight_of(b_s - b_safe[:, None], PRECISE)
         b_shrink = weight_of(b_peak - b_safe, PRECISE)
-        b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+        b_acc = b_acc * b_shrink[:, None]
+        if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
+            b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
+        else:
+            b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_total = b_total * b_shrink + tl.sum(b_w, 1)
         b_peak = b_top
     o_out = ((i_bg * (H // G) + o_m) * Q + i_q).to(tl.int64) * splits + i_s

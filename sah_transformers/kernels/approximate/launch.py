@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,6 +96,29 @@ class Scoring:
         sizes = {"H": self.q.shape[1], "G": self.groups, "Q": self.q.shape[2]}
         flags = {"CAUSAL": self.causal, "MASKED": self.masked, "MASSES": self.masses_too}
         return {**sizes, **flags, "BINS": self.bins}
+
+
+class Given:
+    """What the kernels of a method need beside side data: dataclasses of tensors and numbers, fixed once made."""
+
+    @cached_property
+    def traits(self) -> tuple[Any, ...]:
+        """What of it tells compiled kernels apart."""
+        return tuple(traits_of(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+
+
+def traits_of(value: Any) -> Any:
+    """A value, or of a tensor all but what it holds."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    return tuple(map(traits_of, value)) if isinstance(value, tuple) else value
+
+
+def form_of(t: torch.Tensor) -> tuple[Any, ...]:
+    """What of side data ``[B, heads, K, ...]`` tells compiled kernels apart: neither K nor the capacity."""
+    places = [s if s < 16 * t.shape[-1] else s % 16 for s in t.stride()[2:]]
+    outer = [s % 16 for s in t.stride()[:2]]
+    return t.dtype, t.shape[1], t.shape[3:], t.data_ptr() % 16, unit_of(t), *places, *outer, max(t.stride()) < 2**31
 
 
 def power_of_2(n: int) -> int:

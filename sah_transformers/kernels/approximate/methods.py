@@ -1,14 +1,20 @@
 """The estimates of scores that have kernels, by the names that ``selections.Estimated`` calls them.
 
-A method is a module with these functions:
+A method is a module with the same constant and functions:
 
 - ``TILES``: the cuts of its score kernel into programs, best first.
-- ``given_of(masker, queries, ctx)``: what its kernels need beside the side data (weights, channels, codebooks);
-  ``why_not(given, dim)``: what of it they do not cover, or "".
+- ``why_not(given, dim)``: what of ``Masker.given`` its kernels do not cover, or "".
 - ``scratch(call, side, given)``: ``{name: (size, dtype)}`` of the arrays that ``look_up`` fills.
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
-- ``score(launch, call, side, given, scratch, tile)``: scores and what each chunk of keys holds (`launch.Scoring`).
+- ``score(launch, call, side, given, scratch, tile)``: what `decode.score.score_kernel` does, with estimates from side
+  data in place of ``q.k``: the same outputs, with the same meaning.
 - ``append(buffers, keys, values, start, given)``: side data of new keys, in place.
+
+``call`` is a `launch.Scoring`, ``launch`` a `decode.kernel.Launcher`. ``side`` holds the masker's tensors
+``[B, heads, >= K, ...]`` by name, views of storages with any strides; storages of a multiple of 16 keys are read in
+wide loads. Estimates equal the masker's ``score``, in its head order and with its sign, up to float32 rounding,
+HashAttention's exactly. Figures in these modules are estimates for an H100: B=1, H=32, G=8, K=131,072, 3 TB/s, 1.755
+GHz, instructions counted in the sm_90 code of the variant with masses.
 """
 
 from __future__ import annotations
@@ -17,8 +23,12 @@ from importlib import import_module
 from typing import Any
 
 METHODS = {
-    "exact": "sah_transformers.kernels.approximate.exact",
+    name: f"sah_transformers.kernels.approximate.{name}"
+    for name in ("exact", "hash_attention", "double_sparsity", "pq_cache", "socket")
 }
+
+UNPROVEN = frozenset(METHODS) - {"exact"}
+"""Methods whose kernels have not been through their tests on a GPU: ``kernel="auto"`` leaves them alone."""
 
 
 def method_of(estimate: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from sah_transformers.kernels.approximate.cut import bracket_kernel, cut_kernel, emit_kernel, list_kernel
 from sah_transformers.kernels.approximate.gather import gather_group_kernel, gather_head_kernel
-from sah_transformers.kernels.approximate.launch import Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Given, Scoring, Tile, form_of
 from sah_transformers.kernels.approximate.methods import method_of
 from sah_transformers.kernels.approximate.pages import (
     flags_kernel,
@@ -190,19 +190,19 @@ def attend_keys(work: Work) -> None:
     pieces, chunks = stride // tile.span, -(-work.keys // chunk)
     most_chunks = power_of_2(-(-plan.keys // chunk))
     longest = min(work.keys, max(x.stack.size[0], int(x.stack.size[1] * work.keys)) + 1)
-    summed = reduce == "sum"
+    summed, grouped = reduce == "sum", reduce == "softmax"
     scored = work.selections if summed else work.all_rows
     samples = t.samples * max(1, plan.keys // 2**17)
     scoring = Scoring(
         q=x.q, k=x.k, keys=work.keys, stride=stride, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
         histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
-        masked=plan.sight["MASKED"], masses_too=True, bins=16, summed=summed,
+        masked=plan.sight["MASKED"], masses_too=grouped, bins=0, summed=summed,
     )  # fmt: skip
     own = method.scratch(scoring, work.side, work.given)
-    grouped = reduce == "softmax"
     s = work.scratch(
         {
-            "scores": (scored * stride, F32), "peaked": (scored * pieces, F32), "masses": (2 * scored * pieces, F32),
+            "scores": (scored * stride, F32), "peaked": (scored * pieces, F32),
+            "masses": (2 * scored * pieces if grouped else 1, F32),
             "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
             "ranking": (work.selections * stride if grouped else 1, F32),
             "inside": (work.selections * chunks * t.slot, I32),
@@ -261,9 +261,10 @@ def attend_rows(
 ) -> torch.Tensor:
     """``out [B, Q, H, Dv]`` of a checked call."""
     batch, heads, rows, _ = x.q.shape
-    known = [(name, t.dtype, t.shape[1], *t.shape[3:], t.data_ptr() % 16) for name, t in side.items()]
-    strides = [(t.stride(0) % 16, t.stride(1) % 16, *t.stride()[2:]) for t in side.values()]
-    plan = plan_of(x, selection, *known, *strides)
+    known: list[Any] = [(name, *form_of(t)) for name, t in side.items()]
+    if isinstance(given, Given):
+        known.append(given.traits)
+    plan = plan_of(x, selection, *known)
     out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
     if POISON:
         out.fill_(float("nan"))

@@ -30,12 +30,12 @@ def precise_scores(p_q, m_q, p_k, m_k, scaling, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """What ``BM`` of ``R`` rows have seen before their first tile: (peak, two tallies, the bracket's scale, offset).
 
     Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. The tallies are
     the masses of the candidates and of the bands with ``MASSES``, else the first is the number of candidates above the
-    bracket and the second unused.
+    bracket and the second unused. Without ``MASSES`` and ``BINS`` there is the peak alone.
     """
     b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
     if MASSES:
@@ -43,8 +43,10 @@ def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BM: tl.constexpr, BN: t
         scale, offset = 0.0, 0.0
     else:
         b_one, b_two = tl.zeros([BM, BN], tl.int32), 0
-        scale = tl.load(lines + o_r, mask=m_m, other=1.0)
-        offset = tl.load(lines + R + o_r, mask=m_m, other=0.0)
+        scale, offset = 0.0, 0.0
+        if BINS:
+            scale = tl.load(lines + o_r, mask=m_m, other=1.0)
+            offset = tl.load(lines + R + o_r, mask=m_m, other=0.0)
     return b_peak, b_one, b_two, scale, offset
 
 
@@ -78,6 +80,7 @@ def keep_tile(
         b_peak = b_new
     else:
         b_peak = tl.maximum(b_peak, b_s)
+    if BINS and not MASSES:
         b_x = tl.fma(b_s, scale[:, None] + tl.zeros_like(b_s), offset[:, None] + tl.zeros_like(b_s))
         m_above = m_free & (b_x >= BINS)
         m_inside = m_free & (b_x >= 0) & (b_x < BINS) & m_m[:, None]
@@ -88,7 +91,9 @@ def keep_tile(
 
 
 @triton.jit
-def close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES: tl.constexpr):
+def close_tally(
+    b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES: tl.constexpr, BINS: tl.constexpr
+):
     """Store what chunk ``i_c`` holds: ``peaks [R, chunks]`` and ``masses [2, R, chunks]`` or ``aboves [R, chunks]``."""
     peak = tl.max(b_peak, 1)
     o_out = o_r.to(tl.int64) * chunks + i_c
@@ -98,7 +103,7 @@ def close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chun
         tl.store(masses + o_out, tl.sum(b_one * b_shrink, 1), mask=m_m)
         o_out += R.to(tl.int64) * chunks
         tl.store(masses + o_out, tl.sum(b_two * b_shrink, 1), mask=m_m)
-    else:
+    elif BINS:
         tl.store(aboves + o_out, tl.sum(b_one, 1), mask=m_m)
 
 
@@ -149,7 +154,7 @@ def score_kernel(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
     reach = tl.minimum(reach_of(o_q, K, Q, CAUSAL), K)
-    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, B * H * Q, MASSES, BM, BN)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, B * H * Q, MASSES, BINS, BM, BN)
     for i_t in tl.range(0, TILES, num_stages=STAGES):
         o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
         p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
@@ -163,4 +168,4 @@ def score_kernel(
             b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
-    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, B * H * Q, MASSES)
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, B * H * Q, MASSES, BINS)

@@ -1,0 +1,117 @@
+"""Every scoring and append kernel of the published methods compiles for the supported GPU generations without a GPU.
+
+As `test_kernel_compile.py`. Run alone, `python tests/test_approximate_compile.py` prints registers, spills and memory.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from test_kernel_compile import ARCHITECTURES, Launch, compiled, resources
+
+FORMS = {
+    "masses": {},
+    "histogram": {"masses": False},
+    "peaks, masked": {"masses": False, "bins": 0, "masked": True, "dtype": torch.float16},
+    "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
+    "summed": {"summed": True, "masses": False},
+}
+METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
+SUMMED = ("hash_attention", "socket")
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def side_of(name, module, B, H, G, K, D, apart):
+    """(side data, what the kernels need besides)."""
+    i32, u8, f16 = torch.int32, torch.uint8, torch.float16
+    if name == "hash_attention":
+        sizes = [D, 128, 128, 32]
+        mlp = tuple((tensor(H, o, i), tensor(H, o)) for i, o in pairwise(sizes))
+        return {"hash": tensor(B, H, K, 1, dtype=i32)}, module.Given(mlp, mlp, 32)
+    if name == "double_sparsity":
+        label = {"code": tensor(B, H, K, 8, dtype=u8), "low": tensor(B, H, K, dtype=f16)}
+        return {**label, "step": tensor(B, H, K, dtype=f16)}, module.Given(tensor(H, 16, dtype=torch.int64), 4)
+    if name == "pq_cache":
+        radius = None if apart else tensor(B, G, 2, dtype=torch.float64)
+        book = tensor(B, G, 2, 64, D // 2 + (radius is not None)), tensor(B, G, 2), tensor(B, dtype=torch.bool)
+        return {"codes": tensor(B, G, K, 2, dtype=u8)}, module.Given(*book, radius)
+    words = tensor(B, G, 23, K, dtype=i32).mT if apart else tensor(B, G, K, 23, dtype=i32)
+    return {"buckets": words, "norm": tensor(B, G, K)}, module.Given(tensor(60, 12, D), 0.3)
+
+
+def launches(
+    name, tile=None, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, masses=True, bins=1024,
+    summed=False, apart=True,
+):  # fmt: skip
+    """What a call and an append of one method would launch."""
+    from sah_transformers.kernels.approximate.launch import Scoring
+
+    module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
+    recorded = []
+
+    class Recorder:
+        def address(self, tensor):
+            return tensor
+
+        def __call__(self, kernel, grid, *args, warps=4, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {}))
+
+    tile = tile or module.TILES[0]
+    side, given = side_of(name, module, B, H, G, K, D, apart)
+    call = Scoring(
+        tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, -(-K // tile.span) * tile.span,
+        tensor(B, Q, K, dtype=torch.bool), (Q * K, K, 1), tensor(1, dtype=torch.int32), tensor(1), tensor(1),
+        tensor(1, dtype=torch.int32), tensor(1), tensor(1, dtype=torch.int32), tensor(1), 0.1, (128, 0, 128, 0),
+        True, masked, masses, bins, summed,
+    )  # fmt: skip
+    assert module.why_not(given, D) == ""
+    scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
+    module.look_up(Recorder(), call, side, given, scratch)
+    module.score(Recorder(), call, side, given, scratch, tile)
+    original, module.Direct, module.has_kernels = (module.Direct, module.has_kernels), Recorder, lambda tensor: True
+    try:
+        new = tensor(B, G, 1, D, dtype=dtype)
+        module.append(side, new, new, tensor(1, dtype=torch.int64) if masked else 5, given)
+    finally:
+        module.Direct, module.has_kernels = original
+    return recorded
+
+
+def main(architectures, verbose):
+    for architecture in architectures:
+        for name in METHODS:
+            for form, options in FORMS.items():
+                if options.get("summed") and name not in SUMMED:
+                    continue
+                for launch in launches(name, **options):
+                    result = compiled(launch, architecture)
+                    used = resources(result) if verbose else ""
+                    print("compiled", architecture, name, form, launch.kernel.__name__, used, flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles(architecture):
+    """In a process of its own: the interpreter, once imported, cannot be left."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, __file__, str(architecture), "--quiet"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("compiled") >= 45
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [90], "--quiet" not in sys.argv)

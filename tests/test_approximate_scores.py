@@ -1,0 +1,355 @@
+"""The scoring kernels of the published methods against their maskers: in Triton's interpreter and on a GPU.
+
+Without a GPU `test_in_the_interpreter` runs this file again in a process of its own, as in `test_decode_kernel.py`.
+Outputs hold NaN before; storages are larger than K and full of noise behind it.
+"""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from method_files import fit
+
+from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.rows import Context
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+
+kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+CONFIGS = {
+    "hash_attention": {"type": "hash_attention", "heavy_size": 5},
+    "double_sparsity": {"type": "double_sparsity", "heavy_size": 5, "group_factor": 8, "label_bits": 4},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 5, "pq_sub_dim": 0.5, "pq_bits": 3},
+    "socket": {"type": "socket", "heavy_size": 5, "K": 12, "L": 4},
+}
+SUMMED = ("hash_attention", "socket")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def module_of(name):
+    return importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
+
+
+def roomy(tensor, words_apart=False):
+    """``tensor [B, heads, K, ...]`` as a view of a storage with more rows, which hold noise; optionally keys next to
+    each other."""
+    room = 41 if tensor.shape[2] % 2 else 16 + -tensor.shape[2] % 16  # odd, or whole blocks of 16
+    shape = (*tensor.shape[:2], tensor.shape[2] + room, *tensor.shape[3:])
+    if words_apart:
+        storage = torch.zeros((*shape[:2], shape[3], shape[2]), dtype=tensor.dtype, device=DEVICE).mT
+    else:
+        storage = torch.zeros(shape, dtype=tensor.dtype, device=DEVICE)
+    storage.copy_(normal(*shape, seed=9) * 50)
+    storage[:, :, : tensor.shape[2]] = tensor
+    return storage
+
+
+class Case:
+    """Tensors, side data and the masker's scores of one call."""
+
+    def __init__(
+        self, config, B=1, H=4, G=2, Q=1, K=300, D=64, dtype=torch.float32, real=None, scaling=None, apart=False
+    ):
+        self.name = config["type"]
+        self.q, self.k = normal(B, H, Q, D, dtype=dtype), normal(B, G, K, D, seed=1, dtype=dtype)
+        self.v = normal(B, G, K, D, seed=2, dtype=dtype)
+        self.masker = MaskerRegistry.create_masker(fit(config, H, G, D))
+        positions = torch.arange(K, device=DEVICE).expand(B, K)
+        if real is not None:
+            positions = (real.cumsum(-1) - 1).masked_fill(~real, -1)
+        self.ctx = Context(scaling=D**-0.5 if scaling is None else scaling, heads=H, positions=positions)
+        self.real = real
+        prepared = self.masker.prepare(self.k, self.v, self.ctx)
+        side = {} if prepared is None else {**prepared[0], "ready": prepared[1]}
+        self.ctx = replace(self.ctx, side=side)
+        self.made = self.masker.append(self.k, self.v, self.ctx)
+        self.buffers = {n: roomy(t, words_apart=apart and t.dim() == 4) for n, t in self.made.items()}
+        self.side = {name: buffer[:, :, :K] for name, buffer in self.buffers.items()}
+        self.ctx = replace(self.ctx, side={**side, **self.side})
+        self.truth = self.masker.score(self.q.double(), self.k.double(), self.v.double(), self.ctx).double()
+
+    @property
+    def module(self):
+        return module_of(self.name)
+
+    def given(self):
+        return self.masker.given(self.ctx, self.q.shape[3], self.q.device)
+
+
+def visible_of(case, mask, causal):
+    rows, keys = case.q.shape[2], case.k.shape[2]
+    visible = torch.ones(case.q.shape[0], 1, rows, keys, dtype=torch.bool, device=DEVICE)
+    if causal:
+        visible = visible.tril(keys - rows)
+    return visible if mask is None else visible & mask[:, None]
+
+
+def scored(
+    case, tile=(64, 2, 1), mask=None, causal=True, summed=False, masses=True, first=3, last=5, line=(1.0, 0.0), bins=64
+):
+    """(what the kernel stored, what it should have stored)."""
+    from sah_transformers.kernels.approximate.launch import Scoring, Tile
+    from sah_transformers.kernels.approximate.place import Direct
+    from sah_transformers.kernels.decode.limits import bounds_kernel
+
+    batch, heads, rows, _ = case.q.shape
+    groups, keys = case.k.shape[1:3]
+    tile = Tile(*tile)
+    chunks = -(-keys // tile.span)
+    ranks = groups if summed else heads
+    R, stride = batch * ranks * rows, chunks * tile.span
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.full(shape, float("nan") if dtype == torch.float32 else -7, dtype=dtype, device=DEVICE)
+
+    limits, look, bands = empty(5 * batch * rows, dtype=torch.int32), (0, 0, 0), (first, 0, last, 0)
+    if mask is not None:
+        look = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3))
+        bounds_kernel[(batch * rows,)](
+            mask, limits, keys, batch, *look, *bands, 0, Q=rows, CAUSAL=causal, BLOCK=256
+        )  # fmt: skip
+    lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
+    call = Scoring(
+        case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),
+        torch.zeros(R, max(1, bins), dtype=torch.int32, device=DEVICE), empty(R, chunks),
+        empty(R, chunks, dtype=torch.int32), empty(2, R, chunks),
+        case.ctx.scaling, bands, causal, mask is not None, masses, bins, summed,
+    )  # fmt: skip
+    given, module = case.given(), case.module
+    assert module.why_not(given, case.q.shape[3]) == ""
+    sizes = module.scratch(call, case.side, given)
+    scratch = {name: empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
+    module.look_up(Direct(), call, case.side, given, scratch)
+    module.score(Direct(), call, case.side, given, scratch, tile)
+
+    truth = case.truth
+    if summed:
+        truth = truth.unflatten(1, (groups, -1)).sum(2)
+    visible = visible_of(case, mask, causal).expand(truth.shape)
+    truth = truth.masked_fill(~visible, float("-inf"))
+    rank = visible.cumsum(-1)
+    count = visible.sum(-1, keepdim=True)
+    free = visible & (rank > first) & (rank <= count - last)
+    return call, truth.flatten(0, 2), free.flatten(0, 2), chunks, tile.span
+
+
+def check(case, exact=False, **options):
+    """Scores to float32 rounding (or exactly), and what is summed up of each chunk to that of the stored scores."""
+    call, truth, free, chunks, span = scored(case, **options)
+    keys = case.k.shape[2]
+    scores = call.scores[:, :keys].double()
+    assert torch.equal(scores.isinf(), truth.isinf())
+    assert bool((call.scores[:, keys:] == float("-inf")).all())
+    seen = truth > float("-inf")
+    scale = truth[seen].abs().max() if bool(seen.any()) else 1.0
+    error = (scores[seen] - truth[seen]).abs().max() / scale if bool(seen.any()) else 0.0
+    assert error == 0 if exact else error < 4e-6, error
+    padded = torch.nn.functional.pad(call.scores[:, :keys], (0, chunks * span - keys), value=float("-inf"))
+    free = torch.nn.functional.pad(free, (0, chunks * span - keys)).view(len(scores), chunks, span)
+    tiles = padded.view(len(scores), chunks, span)
+    peaks = tiles.amax(-1)
+    assert torch.equal(call.peaks, peaks)
+    if call.masses_too:
+        weights = (tiles.double() - peaks.double().nan_to_num(neginf=0.0)[..., None]).exp()
+        want = torch.stack([(weights * free).sum(-1), (weights * ~free).sum(-1)])
+        torch.testing.assert_close(call.masses.double(), want, rtol=1e-5, atol=1e-6)
+    elif call.bins:
+        line = call.lines.double()[:, :, None, None]
+        x = (tiles.double() * line[0] + line[1]).float()  # as one fma rounds it
+        assert torch.equal(call.aboves, (free & (x >= call.bins)).sum(-1, dtype=torch.int32))
+        inside = free & (x >= 0) & (x < call.bins)
+        counts = torch.zeros(len(scores), call.bins, dtype=torch.int32, device=DEVICE)
+        for row in range(len(scores)):
+            counts[row] = torch.bincount(x[row][inside[row]].int(), minlength=call.bins).int()
+        assert torch.equal(call.histogram, counts)
+
+
+def left_padding(K, *padded):
+    return torch.arange(K, device=DEVICE)[None] >= torch.tensor(padded, device=DEVICE)[:, None]
+
+
+SHAPES = {
+    "one key": {"K": 1},
+    "few keys": {"K": 17},
+    "chunks": {"K": 256},
+    "ragged": {"K": 333},
+    "MQA of 7": {"H": 7, "G": 1, "K": 150},
+    "MHA": {"H": 3, "G": 3, "K": 150},
+    "batch, D=128": {"B": 2, "K": 150, "D": 128},
+    "D=80": {"D": 80, "K": 150},
+    "2 queries": {"Q": 2, "K": 150},
+    "5 queries, 7 heads": {"Q": 5, "K": 70, "H": 7, "G": 1},
+}
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores(name, shape, dtype):
+    check(Case(CONFIGS[name], dtype=dtype, **shape), exact=name == "hash_attention")
+
+
+@kernel_test
+@pytest.mark.parametrize("shape", ["few keys", "ragged", "MQA of 7", "batch, D=128", "5 queries, 7 heads"])
+@pytest.mark.parametrize("name", SUMMED)
+def test_summed_over_the_group(name, shape):
+    case = Case({**CONFIGS[name], "gqa": "group"}, **SHAPES[shape])
+    check(case, exact=name == "hash_attention", summed=True, masses=False)
+
+
+@kernel_test
+def test_group_of_double_sparsity_is_scaled():
+    check(Case({**CONFIGS["double_sparsity"], "gqa": "group"}))
+
+
+@kernel_test
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_histograms(name, summed):
+    """Between the values that a bracket maps onto the bins."""
+    if summed and name not in SUMMED:
+        pytest.skip("groups sum the softmax of this method's scores")
+    case = Case(CONFIGS[name], K=333)
+    middle, width = case.truth.median().item(), case.truth.std().item() * (2 if summed else 1)
+    line = (64 / width, -64 * middle / width * (2 if summed else 1))
+    if name == "hash_attention":
+        line = (0.5, 16.0)
+    check(case, exact=name == "hash_attention", summed=summed, masses=False, line=line)
+
+
+@kernel_test
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_and_peaks_alone(name):
+    check(Case(CONFIGS[name], K=150), exact=name == "hash_attention", masses=False, bins=0)
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_and_masks(name, rows):
+    real = left_padding(160, 0, 70)
+    case = Case(CONFIGS[name], B=2, H=2, G=1, K=160, Q=rows, real=real)
+    mask = real[:, None].expand(2, rows, 160).clone()
+    mask[:, :, 100:110] = False
+    check(case, exact=name == "hash_attention", mask=mask)
+    check(case, exact=name == "hash_attention", mask=mask, causal=False, masses=False)
+
+
+@kernel_test
+@pytest.mark.parametrize("name", CONFIGS)
+def test_many_keys_and_every_tile(name):
+    case = Case(CONFIGS[name], H=2, G=1, K=2500)
+    for tile in module_of(name).TILES:
+        check(case, exact=name == "hash_attention", tile=(tile.keys, tile.count, tile.warps))
+
+
+@kernel_test
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bits", [7, 32, 40, 64])
+def test_hashes_of_any_width(bits, shared):
+    config = {**CONFIGS["hash_attention"], "hat_bits": bits, "shared": shared}
+    check(Case(config, K=70), exact=True)
+    check(Case(config, K=70), exact=True, summed=True)
+
+
+@kernel_test
+@pytest.mark.parametrize("factor", [1, 4, 7, 64])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_labels_of_any_width(bits, factor):
+    check(Case({**CONFIGS["double_sparsity"], "group_factor": factor, "label_bits": bits}, K=70))
+
+
+@kernel_test
+@pytest.mark.parametrize("metric", ["euclidean", "ip"])
+@pytest.mark.parametrize("parts", [1, 4, 8, 64])
+def test_codes_of_any_width(parts, metric):
+    config = {**CONFIGS["pq_cache"], "pq_sub_dim": 64 // parts, "pq_bits": 3, "metric": metric}
+    check(Case(config, K=100))
+
+
+@kernel_test
+def test_a_negative_scaling_turns_the_order():
+    check(Case(CONFIGS["pq_cache"], K=100, scaling=-0.3))
+
+
+@kernel_test
+def test_sequences_without_codebooks_score_their_keys():
+    case = Case(CONFIGS["pq_cache"], B=2, K=100, real=left_padding(100, 0, 90))
+    assert case.given().ready.tolist() == [True, False]
+    check(case, mask=case.real[:, None])
+
+
+@kernel_test
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(("planes", "tables"), [(1, 5), (3, 7), (5, 60), (12, 8), (10, 6), (13, 3), (16, 4)])
+def test_hash_tables_of_any_size(planes, tables, summed):
+    check(Case({**CONFIGS["socket"], "K": planes, "L": tables}, K=70), summed=summed)
+
+
+@kernel_test
+@pytest.mark.parametrize("name", CONFIGS)
+def test_words_of_keys_may_lie_apart(name):
+    check(Case(CONFIGS[name], K=150, apart=True), exact=name == "hash_attention")
+
+
+APPENDED = {
+    "hash_attention": [{}, {"hat_bits": 40, "shared": True}],
+    "double_sparsity": [{}, {"label_bits": 3, "group_factor": 3}, {"label_bits": 8}, {"label_bits": 1}],
+    "pq_cache": [{}, {"pq_sub_dim": 8, "metric": "ip"}, {"pq_bits": 1, "pq_sub_dim": 1.0}],
+    "socket": [{}, {"K": 5, "L": 7}],
+}
+
+
+@kernel_test
+@pytest.mark.parametrize(("dtype", "device_start"), [(DTYPES[0], True), *((dtype, False) for dtype in DTYPES[1:])])
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, several in APPENDED.items() for o in several])
+def test_append(name, options, dtype, device_start):
+    """Bit for bit the masker's, and nothing else is touched."""
+    config = {**CONFIGS[name], **options}
+    case = Case(config, B=2, K=90, D=80 if name != "pq_cache" else 64, dtype=dtype, apart=device_start)
+    for start, n in [(37, 1), (80, 3), (10, 40)]:
+        k, v = (normal(2, 2, n, t.shape[3], seed=seed + n, dtype=dtype) for seed, t in ((3, case.k), (4, case.v)))
+        k[0, 0, 0] = 0
+        if n > 1:
+            k[1, 0, 0] *= 1e4 if dtype != torch.float16 else 100
+        new = case.masker.append(k, v, replace(case.ctx, heads=4))
+        want = {name: buffer.clone() for name, buffer in case.buffers.items()}
+        for key, tensor in new.items():
+            want[key][:, :, start : start + n] = tensor
+        at = torch.tensor([start], device=DEVICE) if device_start else start
+        case.module.append(case.buffers, k, v, at, case.given())
+        for key in want:
+            assert torch.equal(case.buffers[key], want[key]), key
+
+
+def test_labels_that_are_not_quantised_are_refused():
+    pytest.importorskip("triton")
+    from sah_transformers.kernels.approximate import double_sparsity
+
+    given = double_sparsity.Given(torch.zeros(2, 4, dtype=torch.int64), 16)
+    assert "not quantised" in double_sparsity.why_not(given, 64)
