@@ -45,7 +45,7 @@ def why_not(call: Call) -> str:
         inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
         return "" if inside else "the page bounds are not contiguous"
     if call.kernel == "auto" and stack.selection.estimate in UNPROVEN:
-        return f"the kernels of {stack.selection.estimate} have not been tested on a GPU yet (kernel='triton' takes them)"
+        return f"the kernels of {stack.selection.estimate} have not run on a GPU yet (kernel='triton' takes them)"
     return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 
