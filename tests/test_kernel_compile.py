@@ -230,8 +230,9 @@ def main(architectures, verbose):
                     result = compiled(launch, architecture)
                     used = resources(result) if verbose else ""
                     print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
-        for stack in SIDE:
-            for form, options in FORMS.items():
+        for stack, chosen in SIDE.items():
+            method = isinstance(chosen, tuple) and chosen[1] != "exact"  # in all forms: `test_approximate_compile.py`
+            for form, options in [("bf16", {})] if method else FORMS.items():
                 for launch in side_launches(stack, **options):
                     result = compiled(launch, architecture)
                     used = resources(result) if verbose else ""
@@ -278,7 +279,7 @@ def test_every_kernel_compiles(architecture):
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 380
+    assert run.stdout.count("compiled") >= 270
 
 
 if __name__ == "__main__":
