@@ -21,13 +21,13 @@ demo: install
 	$(BIN)/sah demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 slow: install
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -m "core and not slow" -p no:cacheprovider
+	$(OLDEST)/bin/python -m pytest -m "core and not slow" -n auto --maxprocesses 4 -p no:cacheprovider
 
 compile: install $(OLDEST)/installed
 	$(BIN)/python $(COMPILE)

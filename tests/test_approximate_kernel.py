@@ -42,9 +42,11 @@ from sah_transformers.state import LayerState, State
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter():
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("part", ["test_methods", "not test_methods"])
+def test_in_the_interpreter(part):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", part, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:]
 
