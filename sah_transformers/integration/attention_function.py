@@ -43,7 +43,7 @@ def sah_mask(
         config=config,
         **kwargs,
     )
-    if mask is None and q_length not in (1, kv_length):
+    if mask is None and allow_is_causal_skip and q_length not in (1, kv_length):
         return torch.ones(1, 1, 1, q_length, dtype=torch.bool, device=kwargs.get("device"))
     return mask
 

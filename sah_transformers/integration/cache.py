@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -98,6 +99,11 @@ def _uses(tensor: torch.Tensor) -> int:
 _ALONE = _uses(torch.empty(1))
 
 
+def transformed() -> bool:
+    """Whether tensors may carry what writing into a buffer would lose: vmap's, jvp's and the like."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def appended(
     held: torch.Tensor, new: torch.Tensor, room: Room | None, most: int | None
 ) -> tuple[torch.Tensor, Room | None]:
@@ -108,7 +114,7 @@ def appended(
     differentiable = torch.is_grad_enabled() and (new.requires_grad or held.requires_grad)
     if differentiable or new.dim() != 4:
         return torch.cat([held, new], dim=-2), None
-    if held.numel() == 0:
+    if held.dim() == 1:  # nothing yet
         held = new.new_empty((*new.shape[:2], 0, new.shape[3]), dtype=held.dtype, device=held.device)
     if room is None or not room.holds(held):
         room = None
@@ -143,7 +149,7 @@ class AppendingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``key_states [B, G, n, D]`` and ``value_states [B, G, n, Dv]``; all keys and values so far."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -191,7 +197,10 @@ def _mapped(
     if room is None or not room.holds(held):
         return operation(held), None
     length = held.shape[2]
-    room = Room(operation(room.buffer), length)
+    buffer = operation(room.buffer)
+    if buffer.untyped_storage()._cdata == room.buffer.untyped_storage()._cdata:  # a slice of the batch
+        return operation(held), None
+    room = Room(buffer, length)
     return room.buffer.narrow(2, 0, length), room
 
 
