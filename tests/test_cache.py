@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -220,6 +222,30 @@ def test_a_slice_of_the_batch_is_no_copy_to_write_into():
     same(ours, theirs)
     for keys, before in given_out:
         assert torch.equal(keys, before)
+
+
+def test_copies_of_a_layer_append_in_threads(monkeypatch):
+    """Both see room behind the rows that they share; one of them has to copy."""
+    original = module.Room.takes
+
+    def slowly(room, length, new):
+        taken = original(room, length, new)
+        time.sleep(0.02)
+        return taken
+
+    monkeypatch.setattr(module.Room, "takes", slowly)
+    cache = AppendingCache()
+    cache.update(*states(100), 0)
+    copies = [copy.copy(cache.layers[0]) for _ in range(3)]
+    news = [states(2, seed=seed) for seed in range(3)]
+    threads = [threading.Thread(target=layer.update, args=new) for layer, new in zip(copies, news, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for layer, (keys, values) in zip(copies, news, strict=True):
+        assert torch.equal(layer.keys[:, :, 100:], keys)
+        assert torch.equal(layer.values[:, :, 100:], values)
 
 
 def test_values_without_channels():

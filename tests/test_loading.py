@@ -734,6 +734,27 @@ def test_cross_attention_sees_the_whole_encoder(length):
     assert torch.equal(model.generate(IDS, **options, max_new_tokens=5, num_beams=2), generated)
 
 
+def test_the_prompt_of_a_static_cache_where_a_mask_means_no_causal_order():
+    """Moonshine passes `is_causal=False` with every mask."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    sizes |= {f"{part}_num_hidden_layers": 2 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_num_attention_heads": 4 for part in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes)).eval().double()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.3)
+    options = {"decoder_input_ids": prompt(5), "max_new_tokens": 4, "do_sample": False}
+    options |= {"input_values": torch.randn(1, 4000, dtype=torch.float64), "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    dense = model.generate(**options)
+    sah_transformers.enable(model, [{"type": "causal"}])
+    for cache in (None, "static"):
+        found = model.generate(**options, cache_implementation=cache)
+        assert torch.equal(found.sequences, dense.sequences)
+        assert not any(differ(a, b) for a, b in zip(found.logits, dense.logits, strict=True))
+
+
 # Registration, several models, the cost of importing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Room:
         buffer: the tensor; rows behind ``written`` are uninitialised.
         written: rows that were ever written, hence may be seen through a view.
         view: the last view given out.
+        lock: held while rows are taken and written; copies of a layer may append in threads of their own.
     """
 
     def __init__(self, buffer: torch.Tensor, written: int):
@@ -31,6 +33,7 @@ class Room:
         self.target = buffer.data  # rows that no view shows are no change to tensors that autograd has saved
         self.kind = (buffer.shape[0], buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
         self.view: torch.Tensor | None = None
+        self.lock = Lock()
 
     def __getstate__(self) -> tuple[torch.Tensor, int]:
         return self.buffer, self.written
@@ -76,8 +79,9 @@ class Room:
         added = new.shape[2]
         self.target.narrow(2, length, added).copy_(new)
         self.written = max(self.written, length + added)
-        self.view = self.buffer.narrow(2, 0, length + added)
-        return self.view
+        view = self.buffer.narrow(2, 0, length + added)
+        self.view = view
+        return view
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -121,8 +125,11 @@ def appended(
     if kind_of(new) != (kind_of(held) if room is None else room.kind):
         return torch.cat([held, new], dim=-2), None
     length = held.shape[2]
-    if room is None or not room.takes(length, new.shape[2]):
-        room = Room.of(held, new.shape[2], most)
+    if room is not None:
+        with room.lock:
+            if room.takes(length, new.shape[2]):
+                return room.append(length, new), room
+    room = Room.of(held, new.shape[2], most)
     return room.append(length, new), room
 
 
