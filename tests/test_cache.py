@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_models import STACK, build, generate, left_padded, logits, prompt, sparse
 from tiny_models import tiny
+from torch.autograd import forward_ad
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -178,6 +181,80 @@ def test_gradients_reach_every_key():
         loss = loss + (keys * weight).square().sum()
     loss.backward()
     assert weight.grad.isfinite().all()
+
+
+def _transformed(name, kind):
+    """What of a cache's keys goes through a transform of ``torch.func``, or forward-mode differentiation."""
+
+    def keys(tensor):
+        cache = kind()
+        for part in (tensor[:3].detach(), tensor[3:4], tensor[4:]):
+            held, _ = cache.update(part[None, None], part[None, None], 0)
+        return held
+
+    tensor = states(6, batch=1, heads=1)[0][0, 0]
+    if name == "vmap":
+        return torch.vmap(keys)(torch.stack([tensor, 2 * tensor]))
+    if name == "grad":
+        return torch.func.grad(lambda t: keys(t).square().sum())(tensor)
+    if name == "jvp":
+        return torch.func.jvp(keys, (tensor,), (tensor,))[1]
+    with forward_ad.dual_level(), torch.no_grad():
+        return forward_ad.unpack_dual(keys(forward_ad.make_dual(tensor, 3 * tensor))).tangent
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "dual numbers"])
+def test_what_goes_through_transforms_of_torch(name):
+    found, wanted = (_transformed(name, kind) for kind in (AppendingCache, DynamicCache))
+    assert wanted.abs().sum() > 0
+    assert torch.equal(found, wanted)
+
+
+def test_a_slice_of_the_batch_is_no_copy_to_write_into():
+    ours, theirs = AppendingCache(), DynamicCache()
+    given_out = []
+    for cache in (ours, theirs):
+        keys, _ = cache.update(*states(10, batch=4), 0)
+        given_out.append((keys, keys.clone()))
+        cache.crop(-4)
+        cache.batch_select_indices(slice(1, 3))
+        cache.update(*states(3, seed=1), 0)
+    same(ours, theirs)
+    for keys, before in given_out:
+        assert torch.equal(keys, before)
+
+
+def test_copies_of_a_layer_append_in_threads(monkeypatch):
+    """Both see room behind the rows that they share; one of them has to copy."""
+    original = module.Room.takes
+
+    def slowly(room, length, new):
+        taken = original(room, length, new)
+        time.sleep(0.02)
+        return taken
+
+    monkeypatch.setattr(module.Room, "takes", slowly)
+    cache = AppendingCache()
+    cache.update(*states(100), 0)
+    copies = [copy.copy(cache.layers[0]) for _ in range(3)]
+    news = [states(2, seed=seed) for seed in range(3)]
+    threads = [threading.Thread(target=layer.update, args=new) for layer, new in zip(copies, news, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for layer, (keys, values) in zip(copies, news, strict=True):
+        assert torch.equal(layer.keys[:, :, 100:], keys)
+        assert torch.equal(layer.values[:, :, 100:], values)
+
+
+def test_values_without_channels():
+    ours, theirs = AppendingCache(), DynamicCache()
+    for cache in (ours, theirs):
+        for seed in range(3):
+            cache.update(*states(2, value_dim=0, seed=seed), 0)
+    same(ours, theirs)
+    assert ours.layers[0].values.shape == theirs.layers[0].values.shape
 
 
 def test_inference_mode_and_out_of_it():

@@ -227,6 +227,16 @@ def test_setting_it_to_none_on_a_config_takes_it_back():
     assert not log
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_setting_it_to_none_on_a_loaded_models_config_makes_the_model_dense(copied, dense, expected):
+    model = copy.deepcopy(sparse()) if copied else sparse()
+    model.config.sparse_attention = None
+    assert not differ(logits(model, IDS), dense)
+    assert torch.equal(generate(model, IDS), generate(build(), IDS))
+    model.config.sparse_attention = STACK
+    assert not differ(logits(model, IDS), expected)
+
+
 def test_reading_the_config_gives_a_copy():
     model = sparse()
     before = logits(model, IDS)
@@ -705,6 +715,44 @@ def test_an_encoder_decoder_model_is_sparse_in_its_decoder(tmp_path):
             logits(again, IDS, decoder_input_ids=IDS[:, :11])
         assert layers_selected(log) == [0, 1]
         assert all(entry.mask.shape[-1] == 11 for entry in log)
+
+
+@pytest.mark.parametrize("length", [1, 5, 13, 20])
+def test_cross_attention_sees_the_whole_encoder(length):
+    """However many queries: that it needs no mask does not mean causal order."""
+    config = tiny_config("BartForCausalLM").to_dict() | {"is_encoder_decoder": True, "is_decoder": False}
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**config)).eval().double()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.3)
+    options = {"decoder_input_ids": prompt(length, seed=1)}
+    dense = logits(model, IDS, **options)
+    generated = model.generate(IDS, **options, max_new_tokens=5, num_beams=2, use_cache=False)
+    sah_transformers.enable(model, [{"type": "causal"}])
+    assert not differ(logits(model, IDS, **options), dense)
+    assert torch.equal(model.generate(IDS, **options, max_new_tokens=5, num_beams=2), generated)
+
+
+def test_the_prompt_of_a_static_cache_where_a_mask_means_no_causal_order():
+    """Moonshine passes `is_causal=False` with every mask."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    sizes |= {f"{part}_num_hidden_layers": 2 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_num_attention_heads": 4 for part in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes)).eval().double()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.3)
+    options = {"decoder_input_ids": prompt(5), "max_new_tokens": 4, "do_sample": False}
+    options |= {"input_values": torch.randn(1, 4000, dtype=torch.float64), "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    dense = model.generate(**options)
+    sah_transformers.enable(model, [{"type": "causal"}])
+    for cache in (None, "static"):
+        found = model.generate(**options, cache_implementation=cache)
+        assert torch.equal(found.sequences, dense.sequences)
+        assert not any(differ(a, b) for a, b in zip(found.logits, dense.logits, strict=True))
 
 
 # Registration, several models, the cost of importing

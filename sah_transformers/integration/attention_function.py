@@ -43,7 +43,7 @@ def sah_mask(
         config=config,
         **kwargs,
     )
-    if mask is None and q_length not in (1, kv_length):
+    if mask is None and allow_is_causal_skip and q_length not in (1, kv_length):
         return torch.ones(1, 1, 1, q_length, dtype=torch.bool, device=kwargs.get("device"))
     return mask
 
@@ -89,11 +89,12 @@ def sah_attention(
     if "block_table" in kwargs or "read_index" in kwargs:
         raise ValueError("continuous batching (a paged cache) is not supported by the attention 'sah'")
     plan = plan_of(module)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     held, prompt = key, _prompt(attention_mask, key)
     if prompt is not None:
         key, value, attention_mask = key[:, :, :prompt], value[:, :, :prompt], None
+        is_causal = True  # some models say otherwise where they see a mask
         position_bias = None if position_bias is None else position_bias[..., :prompt]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -23,6 +25,7 @@ class Room:
         buffer: the tensor; rows behind ``written`` are uninitialised.
         written: rows that were ever written, hence may be seen through a view.
         view: the last view given out.
+        lock: held while rows are taken and written; copies of a layer may append in threads of their own.
     """
 
     def __init__(self, buffer: torch.Tensor, written: int):
@@ -30,6 +33,7 @@ class Room:
         self.target = buffer.data  # rows that no view shows are no change to tensors that autograd has saved
         self.kind = (buffer.shape[0], buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
         self.view: torch.Tensor | None = None
+        self.lock = Lock()
 
     def __getstate__(self) -> tuple[torch.Tensor, int]:
         return self.buffer, self.written
@@ -75,8 +79,9 @@ class Room:
         added = new.shape[2]
         self.target.narrow(2, length, added).copy_(new)
         self.written = max(self.written, length + added)
-        self.view = self.buffer.narrow(2, 0, length + added)
-        return self.view
+        view = self.buffer.narrow(2, 0, length + added)
+        self.view = view
+        return view
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -98,6 +103,11 @@ def _uses(tensor: torch.Tensor) -> int:
 _ALONE = _uses(torch.empty(1))
 
 
+def transformed() -> bool:
+    """Whether tensors may carry what writing into a buffer would lose: vmap's, jvp's and the like."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def appended(
     held: torch.Tensor, new: torch.Tensor, room: Room | None, most: int | None
 ) -> tuple[torch.Tensor, Room | None]:
@@ -108,15 +118,18 @@ def appended(
     differentiable = torch.is_grad_enabled() and (new.requires_grad or held.requires_grad)
     if differentiable or new.dim() != 4:
         return torch.cat([held, new], dim=-2), None
-    if held.numel() == 0:
+    if held.dim() == 1:  # nothing yet
         held = new.new_empty((*new.shape[:2], 0, new.shape[3]), dtype=held.dtype, device=held.device)
     if room is None or not room.holds(held):
         room = None
     if kind_of(new) != (kind_of(held) if room is None else room.kind):
         return torch.cat([held, new], dim=-2), None
     length = held.shape[2]
-    if room is None or not room.takes(length, new.shape[2]):
-        room = Room.of(held, new.shape[2], most)
+    if room is not None:
+        with room.lock:
+            if room.takes(length, new.shape[2]):
+                return room.append(length, new), room
+    room = Room.of(held, new.shape[2], most)
     return room.append(length, new), room
 
 
@@ -143,7 +156,7 @@ class AppendingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``key_states [B, G, n, D]`` and ``value_states [B, G, n, Dv]``; all keys and values so far."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -191,7 +204,10 @@ def _mapped(
     if room is None or not room.holds(held):
         return operation(held), None
     length = held.shape[2]
-    room = Room(operation(room.buffer), length)
+    buffer = operation(room.buffer)
+    if buffer.untyped_storage()._cdata == room.buffer.untyped_storage()._cdata:  # a slice of the batch
+        return operation(held), None
+    room = Room(buffer, length)
     return room.buffer.narrow(2, 0, length), room
 
 

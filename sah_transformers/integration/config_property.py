@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 from transformers import PreTrainedConfig
 
@@ -12,13 +13,17 @@ from sah_transformers.config import SparseAttentionConfig
 NAME = "sah"
 """The attention implementation's name."""
 
+_unbuilt: WeakValueDictionary[int, PreTrainedConfig] = WeakValueDictionary()
+"""Configs, by id, whose attention was selected by the property and that no model was built from."""
+
 
 class SparseAttentionProperty:
     """Data descriptor: takes whatever ``SparseAttentionConfig.parse`` takes and keeps plain data.
 
     The data lie in the config's ``__dict__`` so that Transformers saves them; a config that never had any saves none.
     Setting it selects the attention ``"sah"`` unless another one was asked for. Reading gives a copy: assign a new
-    value to change it.
+    value to change it. None takes both back; a built model's attention stays ``"sah"``, which then is dense, because
+    Transformers makes no mask for a model that names none.
     """
 
     def __get__(self, config: PreTrainedConfig | None, owner: type) -> Any:
@@ -29,13 +34,19 @@ class SparseAttentionProperty:
         for one in (config, text_config(config)):
             if data is None:
                 one.__dict__.pop("sparse_attention", None)
-                if one.__dict__.get("_attn_implementation_internal") == NAME:
+                if one.__dict__.get("_attn_implementation_internal") == NAME and _unbuilt.get(id(one)) is one:
                     one._attn_implementation_internal = None
             else:
                 one.__dict__["sparse_attention"] = data
         inner = text_config(config)
         if data is not None and inner.__dict__.get("_attn_implementation_internal") is None:
             inner._attn_implementation_internal = NAME
+            _unbuilt[id(inner)] = inner
+
+
+def note_built(config: PreTrainedConfig) -> None:
+    """A model was built from the config of its language model."""
+    _unbuilt.pop(id(config), None)
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

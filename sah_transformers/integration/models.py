@@ -16,7 +16,7 @@ from transformers.utils import logging
 from sah_transformers.attention import check_kernel
 from sah_transformers.config import SparseAttentionConfig
 from sah_transformers.integration.cache_state import remember
-from sah_transformers.integration.config_property import NAME, sparse_data, text_config
+from sah_transformers.integration.config_property import NAME, note_built, sparse_data, text_config
 from sah_transformers.integration.plan import layer_count, never_sparse, plan_of
 
 logger = logging.get_logger(__name__)
@@ -134,6 +134,7 @@ def attach(model: PreTrainedModel) -> None:
     config = text_config(model.config)
     if config._attn_implementation != NAME:
         return
+    note_built(config)
     if why_unsupported(model):
         if isinstance(model, GenerationMixin):  # others may be parts of a model that is supported
             refuse(model)
