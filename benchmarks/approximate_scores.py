@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decode import graph_ms
+from sah_transformers.bench.timing import compare
 from sah_transformers.kernels.approximate.launch import Scoring, Tile
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.maskers import MaskerRegistry
@@ -141,7 +142,12 @@ def score_us(case: Case, tile: Tile, summed: bool, tally: str, truth: torch.Tens
         for side in case.sides:
             case.module.score(launch, call, side, given, scratch, tile)
 
-    return graph_ms(run, 5, 3)[1] * 1e3 / len(case.sides)
+    return replay_us(run) / len(case.sides)
+
+
+def replay_us(function: Callable[[], None]) -> float:
+    """Microseconds of one replay."""
+    return compare({"": function}, True, 0.1)[""].p50 * 1e3
 
 
 def rest_us(case: Case, summed: bool) -> tuple[float, float]:
@@ -164,8 +170,8 @@ def rest_us(case: Case, summed: bool) -> tuple[float, float]:
     append()
     for name, t in case.sides[0].items():
         assert torch.equal(t, before[name]), f"append of {name} differs from the masker's"
-    looked = 0.0 if case.masker.config.type == "double_sparsity" else graph_ms(look_up, 5, 3)[1] * 100
-    return looked, graph_ms(append, 5, 3)[1] * 100
+    looked = 0.0 if case.masker.config.type == "double_sparsity" else replay_us(look_up) / 10
+    return looked, replay_us(append) / 10
 
 
 def report(case: Case, label: str, summed: bool) -> None:
