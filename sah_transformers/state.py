@@ -303,11 +303,14 @@ class LayerState:
             prepared = self._prepared.get(masker.config)
             part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
             known = positions if self.padded else None
-            append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part)
-            for buffer in buffers.values():
-                if isinstance(buffer, SideBuffer):
-                    buffer.length = total
-            return
+            if append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part):
+                for buffer in buffers.values():
+                    if isinstance(buffer, SideBuffer):
+                        buffer.length = total
+                return
+            part = replace(part, positions=positions[:, have:])
+            with torch.no_grad():
+                data = masker.append(keys[:, :, have:], values[:, :, have:], part)
         for name, tensor in data.items():
             if name in pages:
                 if name not in buffers:

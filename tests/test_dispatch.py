@@ -44,7 +44,7 @@ def fresh(monkeypatch):
 def in_triton(message, kind=RuntimeError):
     """A function that raises out of a frame of Triton's."""
     scope = {"__name__": "triton.backends.somewhere", "kind": kind, "message": message}
-    exec("def fail(call):\n    raise kind(message)", scope)
+    exec("def fail(*arguments):\n    raise kind(message)", scope)
     return scope["fail"]
 
 
@@ -121,3 +121,25 @@ def test_errors_of_our_own_are_not_hidden(monkeypatch):
     monkeypatch.setattr(decode, "decode_checked", fail)
     with pytest.raises(TypeError):
         dispatch.fast_attention(call_of("auto"))
+
+
+def test_a_kernel_that_cannot_append(monkeypatch, caplog):
+    """Side data are then PyTorch's, with one line in the log."""
+    from sah_transformers import State, sparse_attention
+    from sah_transformers.kernels import append
+
+    monkeypatch.setattr(append, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(append, "fold", in_triton("out of resource: threads"))
+    monkeypatch.setattr(append, "_unbuildable", set())
+    stack = [{"type": "quest", "heavy_size": 8, "page_size": 4}]
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    state, other = State(), State()
+    with caplog.at_level(logging.WARNING):
+        for keys in (30, 31, 40):
+            part = (q, k[:, :, :keys], v[:, :, :keys])
+            out = sparse_attention(*part, stack, state=state, return_mask=False)
+            expected = sparse_attention(*part, stack, state=other, return_mask=False, kernel="reference")
+            assert torch.equal(out, expected)
+    assert [record.getMessage() for record in caplog.records if "written by PyTorch" in record.getMessage()] == [
+        "side data of QuestTopKMasker are written by PyTorch: out of resource: threads"
+    ]

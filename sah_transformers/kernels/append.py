@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,16 @@ import torch
 
 from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, method_of
 from sah_transformers.kernels.decode import DTYPES, HAS_TRITON, on_device
+from sah_transformers.kernels.faults import cannot_be_built
 from sah_transformers.selections import Estimated, Pages
 
 if TYPE_CHECKING:
     from sah_transformers.maskers.base import Masker
     from sah_transformers.rows import Context
+
+logger = logging.getLogger(__name__)
+
+_unbuildable: set[tuple[type, torch.device]] = set()
 
 FEW_KEYS = 16
 """New keys of padded sequences that one program folds into their pages one after the other."""
@@ -36,7 +42,7 @@ def in_place(
     """
     if context.kernel == "reference" or not (HAS_TRITON and runs_kernels(keys)):
         return False
-    if keys.stride(3) != 1 or have == keys.shape[2]:
+    if keys.stride(3) != 1 or have == keys.shape[2] or (type(masker), keys.device) in _unbuildable:
         return False
     selection = masker.describe()
     if isinstance(selection, Pages):
@@ -67,12 +73,32 @@ def append_in_place(
     have: int,
     positions: torch.Tensor | None,
     context: Context,
-) -> None:
-    """Write the side data of the keys from ``have`` on.
+) -> bool:
+    """Write the side data of the keys from ``have`` on; False where ``"auto"`` finds that no kernel can be built here.
 
     Args:
         buffers: storages ``[B, heads, >= K or pages, ...]``; positions: int64 ``[B, K]``, None where all are real.
     """
+    try:
+        _launch(masker, buffers, keys, values, have, positions, context)
+    except Exception as error:
+        if context.kernel != "auto" or not cannot_be_built(error):
+            raise
+        logger.warning("side data of %s are written by PyTorch: %s", type(masker).__name__, error)
+        _unbuildable.add((type(masker), keys.device))
+        return False
+    return True
+
+
+def _launch(
+    masker: Masker,
+    buffers: dict[str, torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    have: int,
+    positions: torch.Tensor | None,
+    context: Context,
+) -> None:
     selection = masker.describe()
     with on_device(keys):
         if isinstance(selection, Pages):

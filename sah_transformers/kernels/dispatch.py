@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sah_transformers.kernels import approximate, decode, prefill, select
+from sah_transformers.kernels.faults import cannot_be_built
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
 
 logger = logging.getLogger(__name__)
-
-FAULTS = ("illegal memory access", "misaligned address", "launch failure", "assert")
-"""Errors of a running kernel: never taken for one that cannot be built."""
 
 _said: set[str] = set()
 _unbuildable: dict[tuple[Any, ...], str] = {}
@@ -62,7 +59,7 @@ def _attempt(
         try:
             return run(call)
         except Exception as error:
-            if asked or not _cannot_be_built(error):
+            if asked or not cannot_be_built(error):
                 raise
             reason = f"the kernel cannot be built here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
             _unbuildable[_kind(call, kernel)] = reason
@@ -81,11 +78,3 @@ def _kind(call: Call, kernel: str) -> tuple[Any, ...]:
     return (
         kernel, described, call.queries.dtype, call.queries.device, heads, groups, dim, call.values.shape[3], width
     )  # fmt: skip
-
-
-def _cannot_be_built(error: Exception) -> bool:
-    """Whether Triton failed to compile or load a kernel, as opposed to a fault of a running one or a lack of memory."""
-    if isinstance(error, torch.cuda.OutOfMemoryError) or any(fault in str(error) for fault in FAULTS):
-        return False
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(str(frame.f_globals.get("__name__", "")).split(".")[0] == "triton" for frame, _ in frames)
