@@ -236,17 +236,17 @@ def test_other_families(kind, name):
 
 def key_size(name):
     """The head dimension of the keys that attention sees."""
-    seen, original = [], sah_transformers.integration.attention_function.check_shapes
+    seen, original = [], sah_transformers.integration.attention_function.make_call
 
-    def check_shapes(q, k, v):
+    def make_call(q, k, v, *arguments, **options):
         seen.append(k.shape[-1])
-        original(q, k, v)
+        return original(q, k, v, *arguments, **options)
 
-    sah_transformers.integration.attention_function.check_shapes = check_shapes
+    sah_transformers.integration.attention_function.make_call = make_call
     try:
         logits(sah_transformers.enable(build(name), [{"type": "sink", "sink_size": 1}]), prompt(5))
     finally:
-        sah_transformers.integration.attention_function.check_shapes = original
+        sah_transformers.integration.attention_function.make_call = original
     return seen[0]
 
 
