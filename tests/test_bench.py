@@ -206,6 +206,12 @@ def test_what_needs_a_gpu_is_skipped_and_misses_nothing():
     assert "needs a GPU" in result.stdout
 
 
+def test_steps_are_checked_with_the_side_data_that_they_have():
+    """PQCache's codebooks would be others if the reference made them anew."""
+    data = last_line(sah_bench("approximate", "--device", "cpu", "--only", " 1,024"))
+    assert [one["status"] for one in data["cases"]] == ["ok"] * 5
+
+
 def test_a_wrong_kernel_fails(monkeypatch):
     right = attention.fast_attention
 

@@ -69,7 +69,7 @@ def check_attention(case: Case, inputs: Tensors, call: Call, out: torch.Tensor) 
     error, kept = 0.0, 0.0
     for start, stop in places(case):
         whole = replace(call, kernel="reference")  # of a step with the side data that it has
-        part = whole if case.op == "step" else call_of(case, inputs, "reference", start, stop)
+        part = whole if case.op == "layer_step" else call_of(case, inputs, "reference", start, stop)
         truth, counts = reference(part)
         error = max(error, _relative(out[:, start:stop], truth, dims=None).item())
         kept = counts.float().mean().item()
