@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from sah_transformers.config import parse_stack
-from sah_transformers.kernels.decode import HAS_TRITON
+from sah_transformers.kernels.device import HAS_TRITON
 from sah_transformers.kernels.dispatch import fast_attention, fast_selection
 from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry
 from sah_transformers.rows import Context, Rows
+from sah_transformers.selections import Selection
 from sah_transformers.state import LayerState, State, positions_of
 from sah_transformers.visibility import Visibility
 
@@ -54,6 +56,11 @@ class Call:
     min_keys: int = 0
     dropout: float = 0.0
     kernel: str = "auto"
+
+    @cached_property
+    def described(self) -> tuple[Selection | None, ...]:
+        """The maskers' selections in the words that kernels understand."""
+        return tuple(masker.describe() for masker in self.maskers)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

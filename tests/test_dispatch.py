@@ -24,7 +24,7 @@ def call_of(kernel, queries=1, cuda=True, keys=40):
     visibility = SimpleNamespace(mask=None, valid=None)
     return SimpleNamespace(
         kernel=kernel, visibility=visibility, queries=tensor(1, 4, queries, 16), keys=tensor(1, 2, keys, 16),
-        values=tensor(1, 2, keys, 16), maskers=stack,
+        values=tensor(1, 2, keys, 16), maskers=stack, described=tuple(masker.describe() for masker in stack),
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _counted(call: Call) -> torch.Tensor | None:
 def _check_budgets(call: Call, counted: torch.Tensor) -> None:
     """Every row has exactly its budget, where that does not depend on the scores."""
     bands, best = 0, None
-    for selection in (masker.describe() for masker in call.maskers):
+    for selection in call.described:
         if isinstance(selection, Best) and best is None:
             best = selection
         elif isinstance(selection, First | Last) and isinstance(selection.size, int) and best is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, method_of
-from sah_transformers.kernels.decode import DTYPES, HAS_TRITON, on_device
+from sah_transformers.kernels.decode import DTYPES
+from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.device import no_kernels, on_device
 from sah_transformers.kernels.faults import cannot_be_built
 from sah_transformers.selections import Estimated, Pages
 
@@ -40,7 +41,7 @@ def in_place(
         keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; buffers: what is kept of earlier keys, or None.
         padded: some keys are no real tokens; context: ``side`` holds what was prepared.
     """
-    if context.kernel == "reference" or not (HAS_TRITON and runs_kernels(keys)):
+    if context.kernel == "reference" or not runs_kernels(keys):
         return False
     if keys.stride(3) != 1 or have == keys.shape[2] or (type(masker), keys.device) in _unbuildable:
         return False
@@ -59,9 +60,7 @@ def in_place(
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels run where ``tensor`` is; in the interpreter, whose bfloat16 is wrong, only some."""
-    if tensor.is_cuda:
-        return not torch.version.hip and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
-    return os.environ.get("TRITON_INTERPRET") == "1" and tensor.dtype != torch.bfloat16
+    return not no_kernels(tensor) and (tensor.is_cuda or tensor.dtype != torch.bfloat16)
 
 
 @torch.no_grad()
@@ -79,8 +78,14 @@ def append_in_place(
     Args:
         buffers: storages ``[B, heads, >= K or pages, ...]``; positions: int64 ``[B, K]``, None where all are real.
     """
+    selection = masker.describe()
     try:
-        _launch(masker, buffers, keys, values, have, positions, context)
+        with on_device(keys):
+            if isinstance(selection, Pages):
+                fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
+            elif isinstance(selection, Estimated):
+                given = masker.given(context, keys.shape[3], keys.device)
+                method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
     except Exception as error:
         if context.kernel != "auto" or not cannot_be_built(error):
             raise
@@ -90,30 +95,11 @@ def append_in_place(
     return True
 
 
-def _launch(
-    masker: Masker,
-    buffers: dict[str, torch.Tensor],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    have: int,
-    positions: torch.Tensor | None,
-    context: Context,
-) -> None:
-    selection = masker.describe()
-    with on_device(keys):
-        if isinstance(selection, Pages):
-            fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
-        elif isinstance(selection, Estimated):
-            given = masker.given(context, keys.shape[3], keys.device)
-            method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
-
-
 def fold(
     low: torch.Tensor, high: torch.Tensor, keys: torch.Tensor, have: int, positions: torch.Tensor | None, page: int
 ) -> None:
     """Fold the keys from ``have`` on into the bounds of their pages, ``[B, G, pages, D]``."""
     from sah_transformers.kernels.approximate.fold import fold_keys_kernel, fold_pages_kernel
-    from sah_transformers.kernels.decode.kernel import power_of_2
 
     batch, groups, total, dim = keys.shape
     unit = 8 if not any(s % 8 for s in (*keys.stride()[:3], dim)) else 1

@@ -71,10 +71,9 @@ def _attempt(
 
 def _kind(call: Call, kernel: str) -> tuple[Any, ...]:
     """Calls of one kind need the same kernels."""
-    described = tuple(masker.describe() for masker in call.maskers)
     _, heads, _, dim = call.queries.shape
     groups, keys = call.keys.shape[1:3]
     width = keys.bit_length() if kernel == "select" else 0  # a row lies in one program
     return (
-        kernel, described, call.queries.dtype, call.queries.device, heads, groups, dim, call.values.shape[3], width
+        kernel, call.described, call.queries.dtype, call.queries.device, heads, groups, dim, call.values.shape[3], width
     )  # fmt: skip

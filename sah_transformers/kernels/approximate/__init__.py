@@ -15,7 +15,8 @@ import torch
 
 from sah_transformers.kernels.approximate.methods import UNPROVEN, method_of
 from sah_transformers.kernels.approximate.stack import SideStack, read_side_stack
-from sah_transformers.kernels.decode import inputs_of, on_device, unfit
+from sah_transformers.kernels.decode import inputs_of, unfit
+from sah_transformers.kernels.device import on_device
 from sah_transformers.selections import Estimated, Pages
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = ["attend", "by_side_data", "why_not"]
 
 def by_side_data(call: Call) -> bool:
     """Whether the call's last masker selects by side data, as these kernels do."""
-    return bool(call.maskers) and isinstance(call.maskers[-1].describe(), Pages | Estimated)
+    return bool(call.described) and isinstance(call.described[-1], Pages | Estimated)
 
 
 def why_not(call: Call) -> str:
@@ -51,7 +52,7 @@ def why_not(call: Call) -> str:
 
 def stack_of(call: Call) -> SideStack | str:
     """The call's stack in these kernels' words, or why there is none."""
-    return read_side_stack([masker.describe() for masker in call.maskers], call.keys.shape[2])
+    return read_side_stack(call.described, call.keys.shape[2])
 
 
 def given_to(call: Call) -> Any:

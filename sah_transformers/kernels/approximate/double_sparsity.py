@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of, widest
-from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
+from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
+from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.double_sparsity import UNQUANTISED, DoubleSparsityTopKMasker, pack, quantise
 from sah_transformers.rows import Context
 
@@ -81,7 +83,7 @@ def append(
     """Labels of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers``, bit for bit the masker's."""
     batch, groups, n, _ = keys.shape
     heads, width = given.channels.shape
-    if n > FEW or not has_kernels(keys):
+    if n > FEW or no_kernels(keys):
         index = given.channels.unflatten(0, (groups, -1))[None, :, :, None].expand(batch, -1, -1, n, -1)
         label = keys[:, :, None].expand(-1, -1, heads // groups, -1, -1).gather(-1, index).flatten(1, 2)
         codes, low, step = quantise(label, given.bits)

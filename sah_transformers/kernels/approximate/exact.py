@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from sah_transformers.kernels.approximate.launch import Scoring, Tile
-from sah_transformers.kernels.decode.kernel import power_of_2
 from sah_transformers.kernels.decode.score import score_kernel
+from sah_transformers.kernels.decode.stack import power_of_2
 
 TILES = (Tile(64, 4, 4),)
 

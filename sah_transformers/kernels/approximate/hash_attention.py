@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of
-from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
+from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.hash_attention import HashAttentionTopKMasker, hashes
 from sah_transformers.maskers.hash_weights import Mlp
 from sah_transformers.rows import Context
@@ -88,7 +90,7 @@ def append(
     Equal to the masker's: sums in float64 have another order here, which a sign sees within 1e-14 of zero.
     """
     storage = buffers["hash"]
-    if keys.shape[2] > FEW or why_not(given, keys.shape[3]) or not has_kernels(keys):
+    if keys.shape[2] > FEW or why_not(given, keys.shape[3]) or no_kernels(keys):
         place(storage, hashes(keys, given.key), start)
     else:
         _hash(Direct(), keys, given.key, storage, storage.stride(), start)

@@ -121,11 +121,6 @@ def form_of(t: torch.Tensor) -> tuple[Any, ...]:
     return t.dtype, t.shape[1], t.shape[3:], t.data_ptr() % 16, unit_of(t), *places, *outer, max(t.stride()) < 2**31
 
 
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """``tensor [B, heads, K, width]`` of bytes as the longest words (8, 4, 2, 1 bytes) that hold whole keys' shares."""
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -22,11 +21,6 @@ def place(storage: torch.Tensor, new: torch.Tensor, start: int | torch.Tensor) -
         storage[:, :, start : start + n] = new
     else:
         storage.index_copy_(2, start.view(1) + torch.arange(n, device=storage.device), new)
-
-
-def has_kernels(tensor: torch.Tensor) -> bool:
-    """Whether Triton kernels take ``tensor``."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Direct:

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, power_of_2, steps, unit_of, widest
-from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
+from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
+from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.pq_cache import GRID, REACH, augment, blocks, nearest, snap, split
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(256, 1, 2), Tile(256, 2, 4), Tile(1024, 1, 8), Tile(256, 4, 4))
@@ -87,7 +89,7 @@ def append(
     storage = buffers["codes"]
     batch, groups, n, dim = keys.shape
     parts, count, width = given.centroids.shape[2:]
-    if n > FEW or not has_kernels(keys):
+    if n > FEW or no_kernels(keys):
         step = given.step.double()
         centroids = given.centroids.double() / step[..., None, None]
         for begin, end in blocks(n, centroids):

@@ -25,10 +25,12 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, power_of_2, steps, unit_of
-from sah_transformers.kernels.approximate.place import FEW, Direct, has_kernels, place, start_of
+from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
+from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes, pack, snap
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(1024, 1, 8), Tile(512, 1, 8), Tile(1024, 1, 4), Tile(2048, 1, 16))
@@ -130,7 +132,7 @@ def append(
     words, norm = buffers["buckets"], buffers["norm"]
     batch, groups, n, dim = keys.shape
     tables, planes, _ = given.planes.shape
-    if n > FEW or not has_kernels(keys):
+    if n > FEW or no_kernels(keys):
         flat = given.planes.double().flatten(0, 1).transpose(0, 1)
         step = max(1, 2**24 // max(1, batch * groups * flat.shape[1]))
         for begin in range(0, n, step):

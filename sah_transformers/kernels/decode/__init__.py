@@ -10,14 +10,12 @@ where keys are selected by score.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from sah_transformers.kernels.decode.stack import Stack, read_stack
+from sah_transformers.kernels.device import no_kernels, on_device
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -27,7 +25,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_QUERIES = 16
 MOST_KEYS = 2**20
 MOST_SCRATCH = 2**30
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 __all__ = ["decode", "decode_checked", "unfit", "why_not"]
 
@@ -37,7 +34,7 @@ def why_not(call: Call) -> str:
     reason = unfit(call)
     if reason:
         return reason
-    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
+    stack = read_stack(call.described, call.queries.shape[1] // call.keys.shape[1])
     return stack if isinstance(stack, str) else ""
 
 
@@ -45,12 +42,9 @@ def unfit(call: Call) -> str:
     """Why no kernel for few queries can take ``call``, whatever its stack, or ""."""
     queries, keys, values = call.queries, call.keys, call.values
     sight = call.visibility
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {queries.device.type}, not on a CUDA device"
-    if queries.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(queries.device) < (8, 0)):
-        return "the device is older than compute capability 8.0"
+    reason = no_kernels(queries)
+    if reason:
+        return reason
     if queries.shape[2] > MOST_QUERIES:
         return f"the call has {queries.shape[2]} queries, more than {MOST_QUERIES}"
     if min(*queries.shape, *keys.shape, *values.shape) == 0:
@@ -102,7 +96,7 @@ def decode_checked(call: Call) -> torch.Tensor:
     """``decode`` of a call that ``why_not`` has nothing against."""
     from sah_transformers.kernels.decode.kernel import decode_rows
 
-    stack = read_stack((masker.describe() for masker in call.maskers), call.queries.shape[1] // call.keys.shape[1])
+    stack = read_stack(call.described, call.queries.shape[1] // call.keys.shape[1])
     assert not isinstance(stack, str)
     with on_device(call.queries):
         return decode_rows(inputs_of(call, stack))
@@ -128,10 +122,3 @@ def inputs_of(call: Call, stack: Stack) -> Inputs:
         least=call.min_keys,
         stack=stack,
     )
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, where kernels are launched."""
-    if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:
-        return torch.cuda.device(tensor.device)
-    return nullcontext()

@@ -15,7 +15,7 @@ from sah_transformers.kernels.decode.gather import gather_group_kernel, gather_k
 from sah_transformers.kernels.decode.histogram import histogram_kernel
 from sah_transformers.kernels.decode.limits import bounds_kernel
 from sah_transformers.kernels.decode.score import score_kernel
-from sah_transformers.kernels.decode.stack import Stack, bits_of
+from sah_transformers.kernels.decode.stack import Stack, bits_of, power_of_2
 from sah_transformers.kernels.decode.threshold import threshold_kernel
 from sah_transformers.kernels.decode.tuned import Tuning, tuning_of
 
@@ -46,11 +46,6 @@ class Inputs:
     softcap: float | None
     least: int
     stack: Stack
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass

@@ -37,6 +37,11 @@ class Stack:
     total: bool = False
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def size_of(budget: Budget) -> Size:
     return (min(budget, MANY), 0.0) if isinstance(budget, int) else (1, budget)
 

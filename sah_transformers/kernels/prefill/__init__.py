@@ -13,12 +13,11 @@ previous masks, dropout, gradients, group selection, two scored maskers.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import TYPE_CHECKING
 
 import torch
 
+from sah_transformers.kernels.device import no_kernels, on_device
 from sah_transformers.kernels.prefill.stack import Stack, stack_of
 from sah_transformers.selections import Best, Mass
 
@@ -33,27 +32,21 @@ MAX_HEADS = 4096
 LEAST_TOP_P = 0.001
 """Below it the mass above the cut is too small a share for float32 sums."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 __all__ = ["prefill", "why_not"]
 
 
 def why_not(call: Call) -> str:
     """Why the kernels cannot take this call; empty where they can."""
-    if not HAS_TRITON:
-        return "triton is not installed"
-    stack = stack_of([masker.describe() for masker in call.maskers])
+    stack = stack_of(call.described)
     if isinstance(stack, str):
         return stack
-    return _why_not_tensors(call) or _why_not_rows(call) or _why_not_scored(call, stack.scored)
+    reason = no_kernels(call.queries) or _why_not_tensors(call) or _why_not_rows(call)
+    return reason or _why_not_scored(call, stack.scored)
 
 
 def _why_not_tensors(call: Call) -> str:
     queries, keys, values = call.queries, call.keys, call.values
-    if queries.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {queries.device.type}"
-    if torch.version.hip is not None:
-        return "the device is no NVIDIA GPU"
     if queries.dtype not in DTYPES or keys.dtype != queries.dtype or values.dtype != queries.dtype:
         return f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype} are not one of float16, bfloat16, float32"
     if not (1 <= queries.shape[-1] <= MAX_DIM and 1 <= values.shape[-1] <= MAX_DIM):
@@ -112,6 +105,7 @@ def prefill(call: Call, counts: torch.Tensor | None = None) -> torch.Tensor:
     """
     from sah_transformers.kernels.prefill.launch import launch
 
-    stack = stack_of([masker.describe() for masker in call.maskers])
+    stack = stack_of(call.described)
     assert isinstance(stack, Stack)
-    return launch(call, stack, counts)
+    with on_device(call.queries):
+        return launch(call, stack, counts)

@@ -21,12 +21,11 @@ Two runs give the same bits, nothing waits for the device, scores of at most 2**
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import TYPE_CHECKING
 
 import torch
 
+from sah_transformers.kernels.device import no_kernels, on_device
 from sah_transformers.kernels.select.reference import select_top_k, select_top_p, top_p_thresholds
 from sah_transformers.selections import Best
 
@@ -37,8 +36,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_KEYS = 2**14
 """A row lies in the registers of one program."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
 __all__ = ["select_mask", "select_top_k", "select_top_p", "top_p_thresholds", "why_not"]
 
 
@@ -46,13 +43,10 @@ def why_not(call: Call) -> str:
     """Why ``select_mask`` cannot take ``call``, or "" when it can."""
     queries, keys = call.queries, call.keys
     sight = call.visibility
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {queries.device.type}, not on a CUDA device"
-    if queries.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(queries.device) < (8, 0)):
-        return "the device is older than compute capability 8.0"
-    selection = call.maskers[0].describe() if len(call.maskers) == 1 else None
+    reason = no_kernels(queries)
+    if reason:
+        return reason
+    selection = call.described[0] if len(call.described) == 1 else None
     if not isinstance(selection, Best) or selection.group or call.min_keys > 1:
         return "masks have a kernel for top-k by exact score per query head alone"
     if queries.dtype not in DTYPES or keys.dtype != queries.dtype:
@@ -75,9 +69,7 @@ def select_mask(call: Call) -> torch.Tensor:
     """The mask of a call that ``why_not`` has nothing against, bool ``[B, H, Q, K]``."""
     from sah_transformers.kernels.select.kernel import top_k_mask
 
-    selection = call.maskers[0].describe()
+    selection = call.described[0]
     assert isinstance(selection, Best)
-    if call.queries.is_cuda and torch.cuda.current_device() != call.queries.device.index:
-        with torch.cuda.device(call.queries.device):
-            return top_k_mask(call, selection.budget)
-    return top_k_mask(call, selection.budget)
+    with on_device(call.queries):
+        return top_k_mask(call, selection.budget)
