@@ -4,13 +4,12 @@ As `test_kernel_compile.py`. Run alone, `python tests/test_approximate_compile.p
 """
 
 import importlib
-import os
-import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from kernel_process import compiles
 from test_kernel_compile import ARCHITECTURES, Launch, compiled, resources
 
 FORMS = {
@@ -100,17 +99,7 @@ def main(architectures, verbose):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, __file__, str(architecture), "--quiet"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 45
+    compiles(__file__, architecture, 45, "--quiet")
 
 
 if __name__ == "__main__":

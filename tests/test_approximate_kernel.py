@@ -4,25 +4,25 @@ Without a GPU `test_in_the_interpreter` runs this file again in a process of its
 `ExactEstimate` stands for the methods that rank keys by side data: its estimate is the score itself.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
+from kernel_process import (
+    DEVICE,
+    GPU,
+    INTERPRETED,
+    gpu_test,
+    interpreter_test,
+    kernel_test,
+    passes_in_the_interpreter,
+)
 from method_files import fit
 from test_decode_kernel import (
-    DEVICE,
     DTYPES,
-    GPU,
-    HAS_TRITON,
-    INTERPRETED,
     TIES,
-    eager,
-    gpu_test,
-    kernel_test,
+    as_right_as_eager,
     left_padding,
     local,
     poisoned,  # noqa: F401 (a fixture)
@@ -32,7 +32,6 @@ from test_decode_kernel import (
 
 from sah_transformers.attention import make_call, run
 from sah_transformers.kernels.approximate import attend, why_not
-from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import dot
@@ -40,15 +39,11 @@ from sah_transformers.selections import Estimated
 from sah_transformers.state import LayerState, State
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@interpreter_test
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("part", ["test_methods", "not test_methods"])
 def test_in_the_interpreter(part):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", part, __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_in_the_interpreter(__file__, "-k", part, timeout=1200, poison=True)
 
 
 @pytest.fixture(autouse=True)
@@ -102,24 +97,9 @@ def call_of(stack, q, k, v, **options):
 
 
 def check(call, near_ties=0):
-    """At most twice the error of eager PyTorch plus one rounding, against float64 over the reference's selection."""
+    """The kernels' output, which is as right as eager PyTorch's in all rows but ``near_ties``."""
     assert why_not(call) == ""
-    out = attend(call)
-    masks = []
-    run(call, masks=masks)
-    visible, _ = call.visibility.block(0, call.shape[2])
-    rows = call.rows(0, call.shape[2], call.queries.double(), call.keys.double(), call.values.double())
-    sinks = call.block_sinks(0, call.shape[2])
-    truth, _ = masked_attention(rows.scores(), rows.values, masks[0], visible, sinks)
-    active = masks[0].active().expand(call.shape)
-    active = active if visible is None else active & visible
-    ordinary = (eager(call, active).double() - truth).abs().max()
-    error = (out.double() - truth).abs().amax(-1)
-    rounding = torch.finfo(out.dtype).eps * truth.abs().max()
-    assert out.shape == truth.shape
-    wrong = ~(error <= 2 * (ordinary + rounding))
-    assert wrong.sum() <= near_ties, (error.max().item(), ordinary.item(), rounding.item())
-    return out
+    return as_right_as_eager(call, attend(call), near_ties)
 
 
 BASE = [sink(), local()]

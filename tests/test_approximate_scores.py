@@ -6,34 +6,22 @@ Outputs hold NaN before; storages are larger than K and full of noise behind it.
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, passes_in_the_interpreter
 from method_files import fit
 
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.rows import Context
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
-kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
 
-
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@interpreter_test
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_in_the_interpreter(__file__)
 
 
 CONFIGS = {

@@ -4,35 +4,28 @@ Without a GPU `test_in_the_interpreter` runs this file again in a process of its
 before the kernels are imported. Scratch and outputs are filled with NaN before use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from kernel_process import (
+    DEVICE,
+    GPU,
+    HAS_TRITON,
+    INTERPRETED,
+    gpu_test,
+    interpreter_test,
+    kernel_test,
+    passes_in_the_interpreter,
+)
 
 from sah_transformers.attention import make_call, run
 from sah_transformers.kernels.decode import decode, why_not
 from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.maskers import MaskerRegistry
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
-gpu_test = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-
-
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@interpreter_test
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAH_POISON": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_in_the_interpreter(__file__, poison=True)
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +100,11 @@ def eager(call, active):
     return (weights @ v).transpose(1, 2)
 
 
-def check(call):
-    """At most twice the error of eager PyTorch plus one rounding, against float64 over the reference's selection."""
-    assert why_not(call) == ""
-    out = decode(call)
+def as_right_as_eager(call, out, near_ties=0):
+    """At most twice the error of eager PyTorch plus one rounding, against float64 over the reference's selection.
+
+    In ``near_ties`` rows scores may be closer than their rounding.
+    """
     masks = []
     run(call, masks=masks)
     visible, _ = call.visibility.block(0, call.shape[2])
@@ -120,11 +114,18 @@ def check(call):
     active = masks[0].active().expand(call.shape)
     active = active if visible is None else active & visible
     ordinary = (eager(call, active).double() - truth).abs().max()
-    error = (out.double() - truth).abs().max()
+    error = (out.double() - truth).abs().amax(-1)
     rounding = torch.finfo(out.dtype).eps * truth.abs().max()
     assert out.shape == truth.shape
-    assert error <= 2 * (ordinary + rounding), (error.item(), ordinary.item(), rounding.item())
+    wrong = ~(error <= 2 * (ordinary + rounding))
+    assert wrong.sum() <= near_ties, (error.max().item(), ordinary.item(), rounding.item())
     return out
+
+
+def check(call):
+    """The kernels' output, which is as right as eager PyTorch's."""
+    assert why_not(call) == ""
+    return as_right_as_eager(call, decode(call))
 
 
 BASE = [sink(), local()]

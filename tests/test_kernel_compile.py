@@ -4,7 +4,6 @@ The launches of representative calls are recorded instead of run, on tensors wit
 as it would be launched. Run alone, `python tests/test_kernel_compile.py` prints registers, spills and shared memory.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kernel_process import compiles
 
 STACKS = {
     "bands": [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}],
@@ -269,17 +269,7 @@ def resources(result):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, __file__, str(architecture), "--quiet"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 270
+    compiles(__file__, architecture, 270, "--quiet")
 
 
 if __name__ == "__main__":

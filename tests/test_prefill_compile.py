@@ -4,12 +4,11 @@ The launches of representative calls are recorded instead of run, on tensors wit
 it would be launched. Run alone, `python tests/test_prefill_compile.py 90` prints shared memory and instructions.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from kernel_process import compiles
 
 ARCHITECTURES = (80, 90, 100)
 SINK, LOCAL = {"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 0.1}
@@ -113,13 +112,7 @@ def main(architectures):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, __file__, str(architecture)], env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("compiled") >= 45
+    compiles(__file__, architecture, 45, timeout=1800)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Without a GPU the tests run in a process of their own, because the interpreter i
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from kernel_process import DEVICE, GPU, INTERPRETED, gpu_test, interpreter_test, passes_in_the_interpreter
 
 from sah_transformers.attention import _join, make_call, run
 from sah_transformers.kernels.prefill import prefill, why_not
@@ -17,13 +15,11 @@ from sah_transformers.kernels.prefill.stack import Bands, stack_of
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.selections import Best, Everything, First, Last, Mass
 
-GPU = torch.cuda.is_available()
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and not GPU
-HERE = GPU or INTERPRETER
-DEVICE = "cuda" if GPU else "cpu"
+INTERPRETER = INTERPRETED and not GPU
+HERE = GPU or INTERPRETED
 SINK, LOCAL = {"type": "sink", "sink_size": 5}, {"type": "local", "window_size": 9}
 runs_kernels = pytest.mark.skipif(not HERE, reason="runs in the interpreter's process or on a GPU")
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+on_gpu = [pytest.mark.gpu, gpu_test]
 
 
 def best(budget, **more):
@@ -34,14 +30,9 @@ def mass(top_p, coverage="remaining"):
     return {"type": "oracle_top_p", "top_p": top_p, "coverage": coverage}
 
 
-@pytest.mark.skipif(HERE, reason="the tests themselves run here")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@interpreter_test
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    passes_in_the_interpreter(__file__, "-m", "not gpu", timeout=500)
 
 
 def data(kind, B, H, G, Q, K, D, Dv, dtype, seed=0):

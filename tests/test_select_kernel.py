@@ -4,35 +4,28 @@ Without a GPU `test_in_the_interpreter` runs this file again in a process of its
 before the kernel is imported. Outputs and scores are filled with True and NaN before use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from kernel_process import (
+    DEVICE,
+    GPU,
+    HAS_TRITON,
+    INTERPRETED,
+    gpu_test,
+    interpreter_test,
+    kernel_test,
+    passes_in_the_interpreter,
+)
 
 from sah_transformers import Mask, MaskerRegistry
 from sah_transformers.attention import Call, make_call
 from sah_transformers.budget import resolve_budget
 from sah_transformers.kernels.select import MOST_KEYS, why_not
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
-gpu_test = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-
-
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@interpreter_test
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

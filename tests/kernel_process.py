@@ -1,0 +1,45 @@
+"""Kernel tests: on a GPU in this process, else in Triton's interpreter or its compiler, in processes of their own.
+
+The interpreter is chosen when Triton is imported, and cannot be left.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+kernel_test = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
+gpu_test = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+
+
+def interpreter_test(test):
+    """Marks a test that runs its file again in the interpreter."""
+    test = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")(test)
+    return pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run in this process")(test)
+
+
+def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
+    """Run the tests of ``file`` there; ``poison``: scratch and outputs are filled with NaN before use."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **({"SAH_POISON": "1"} if poison else {})}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, file]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def compiles(file, architecture, least, *options, timeout=1200):
+    """Run ``file``, which prints a line for each kernel that it compiles for ``architecture``, at least ``least``."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, file, str(architecture), *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("compiled") >= least
