@@ -74,12 +74,12 @@ def launches(
     scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)
-    original, module.Direct, module.has_kernels = (module.Direct, module.has_kernels), Recorder, lambda tensor: True
+    original, module.Direct, module.no_kernels = (module.Direct, module.no_kernels), Recorder, lambda tensor: ""
     try:
         new = tensor(B, G, 1, D, dtype=dtype)
         module.append(side, new, new, tensor(1, dtype=torch.int64) if masked else 5, given)
     finally:
-        module.Direct, module.has_kernels = original
+        module.Direct, module.no_kernels = original
     return recorded
 
 
