@@ -99,7 +99,7 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
 def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
     """What one decode call with a selection by side data would launch, the append included."""
     from sah_transformers.kernels import append
-    from sah_transformers.kernels.approximate import fold, pipeline
+    from sah_transformers.kernels.approximate import pipeline
     from sah_transformers.kernels.approximate.methods import method_of
     from sah_transformers.kernels.approximate.stack import read_side_stack
     from sah_transformers.kernels.decode.kernel import Inputs
@@ -113,14 +113,8 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
             recorded.append(Launch(kernel, args, constants, warps, {} if cap is None else {"maxnreg": cap}))
 
     class Direct:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, num_warps, **constants):
-                recorded.append(Launch(self.kernel, args, constants, num_warps, {}))
-
-            return launch
+        def __call__(self, kernel, grid, *args, warps=4, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {}))
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -144,17 +138,13 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
         causal=True, scaling=0.1, softcap=softcap, least=0, stack=read.stack,
     )  # fmt: skip
     launcher, pipeline.Launcher = pipeline.Launcher, Recorder
-    kernels = {name: getattr(fold, name) for name in ("fold_pages_kernel", "fold_keys_kernel")}
+    launch_once, append.Direct = append.Direct, Direct
     try:
-        for name, one in kernels.items():
-            setattr(fold, name, Direct(one))
         pipeline.attend_rows(inputs, selection, side, given, positions)
         if isinstance(selection, Pages):
             append.fold(side["low"], side["high"], keys, K - 1, positions if masked else None, selection.size)
     finally:
-        pipeline.Launcher = launcher
-        for name, one in kernels.items():
-            setattr(fold, name, one)
+        pipeline.Launcher, append.Direct = launcher, launch_once
     return recorded
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, method_of
+from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels, on_device
@@ -101,6 +102,7 @@ def fold(
     """Fold the keys from ``have`` on into the bounds of their pages, ``[B, G, pages, D]``."""
     from sah_transformers.kernels.approximate.fold import fold_keys_kernel, fold_pages_kernel
 
+    launch = Direct()
     batch, groups, total, dim = keys.shape
     unit = 8 if not any(s % 8 for s in (*keys.stride()[:3], dim)) else 1
     steps = [s // unit for s in keys.stride()[:3]]
@@ -108,10 +110,12 @@ def fold(
     warps = max(1, min(4, power_of_2(page) * power_of_2(dim) // 2048))
     if positions is None:
         pages = -(-total // page) - have // page
-        fold_pages_kernel[pages, batch * groups](
-            keys, low, high, have, total, low.shape[2], *steps, **common, WIDE=power_of_2(page), num_warps=warps
-        )
+        launch(
+            fold_pages_kernel, (pages, batch * groups, 1), keys, low, high, have, total, low.shape[2], *steps,
+            **common, WIDE=power_of_2(page), warps=warps,
+        )  # fmt: skip
         return
-    fold_keys_kernel[(batch * groups,)](
-        keys, low, high, positions, have, total, low.shape[2], *steps, positions.stride(0), **common, num_warps=4
-    )
+    launch(
+        fold_keys_kernel, (batch * groups, 1, 1), keys, low, high, positions, have, total, low.shape[2], *steps,
+        positions.stride(0), **common,
+    )  # fmt: skip
