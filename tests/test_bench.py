@@ -185,7 +185,10 @@ def test_smoke_ends_in_one_line_of_json(tmp_path):
     assert "smoke" in result.stdout
     assert len(data["cases"]) == data["summary"]["ok"] == len(load_suite("smoke"))
     for one in data["cases"]:
-        assert one["check"]["rows"] > 0
+        if one["op"] == "prompt":
+            assert one["prompts"]["sah, at once"]["seconds"] > 0
+        else:
+            assert one["check"]["rows"] > 0
         if one["op"] == "attention":
             times = one["ours"]
             assert 0 < times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]

@@ -45,6 +45,40 @@ def test_every_way_generates_the_same(extra):
     assert sparse[0] != dense[0]
 
 
+def test_sequences_of_different_lengths_generate_what_they_do_alone():
+    case = tiny(B=3, K=64, padding=0.5)
+    real = step.attention_mask(case, "cpu")
+    assert real.sum(-1).tolist() == [65, 49, 33]
+    model = step.random_model(case, "cpu")
+    cache = step._filled(case, model, step.WAYS[0], case.K + 4)
+    token = torch.full((3, 1), 3)
+    with torch.no_grad():
+        places = real.sum(-1, keepdim=True) - 1
+        together = model(token, attention_mask=real, position_ids=places, past_key_values=cache).logits
+        step._rewind(cache, case.K)
+        for i, length in enumerate((64, 48, 32)):
+            own = DynamicCache(config=model.config)
+            for layer, held in enumerate(cache.layers):
+                own.update(held.keys[i : i + 1, :, -length:], held.values[i : i + 1, :, -length:], layer)
+            alone = model(token[:1], past_key_values=own).logits
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_are_read_alike_at_once_and_in_pieces():
+    one = next(case for case in load_suite("smoke") if case.op == "prompt")
+    result = run_case(one, SETUP)
+    assert (result.status, result.note) == ("ok", "")
+    assert list(result.prompts) == ["sah, at once", "sah, pieces of 128", "sdpa, at once", "sdpa, pieces of 128"]
+    assert not any(prompt.error for prompt in result.prompts.values())
+    assert json.loads(json.dumps(result.to_dict()))["prompts"]["sah, at once"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("fields", [{"padding": 1.0, "B": 2}, {"padding": 0.5}, {"padding": 0.5, "B": 2, "op": "host"}])
+def test_padding_that_makes_no_sense(fields):
+    with pytest.raises(ValueError, match="padding"):
+        tiny(**fields)
+
+
 def test_what_is_rewound_is_as_it_was():
     case = tiny()
     model = step.model_of(case.layers, 128, case.intermediate, case.vocab, 4, 2, 32, "float32", "cpu")

@@ -50,6 +50,20 @@ def steps_table(results: Iterable[Result]) -> Any:
     return drawn
 
 
+def prompts_table(results: Iterable[Result]) -> Any:
+    """A ``rich`` table of what reading whole prompts takes."""
+    from rich.table import Table
+
+    drawn = Table(title="up to the first token of generate()")
+    for name in ("case", "way", "seconds", "peak GiB", "x weights + KV"):
+        drawn.add_column(name, justify="left" if name in ("case", "way") else "right")
+    for result in results:
+        for name, prompt in result.prompts.items():
+            memory = ("" if value is None else f"{value:.2f}" for value in (prompt.peak_gib, prompt.of_need))
+            drawn.add_row(result.case.label, name, prompt.error or f"{prompt.seconds:.2f}", *memory)
+    return drawn
+
+
 def _cells(result: Result) -> list[str]:
     case, measures, ours = result.case, result.measures, result.ours
     targets = "\n".join(_target(result, name) for name in case.target if result.status != "skipped")

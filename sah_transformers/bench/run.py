@@ -50,7 +50,7 @@ class Result:
         note: why, in words.
         measures: values by the names of ``suites.AT_MOST`` and ``AT_LEAST``, as far as they apply.
         bytes: that the operation has to move at least.
-        steps: a decode step of a whole model, by the way it is done.
+        steps: a decode step of a whole model, by the way it is done; prompts: reading a prompt, likewise.
     """
 
     case: Case
@@ -65,6 +65,7 @@ class Result:
     share_of_copy: float | None = None
     stages_us: dict[str, float] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best_dense(self) -> str | None:
@@ -95,8 +96,9 @@ class Result:
         for name in ("host", "bytes", "share_of_copy", "stages_us"):
             if getattr(self, name):
                 data[name] = getattr(self, name)
-        if self.steps:
-            data["steps"] = {name: step.to_dict() for name, step in self.steps.items()}
+        for name in ("steps", "prompts"):
+            if getattr(self, name):
+                data[name] = {way: one.to_dict() for way, one in getattr(self, name).items()}
         return data
 
 
@@ -108,7 +110,8 @@ def run_case(case: Case, setup: Setup) -> Result:
     try:
         with torch.no_grad():
             operations = {
-                "attention": _attention, "layer_step": _layer_step, "add_mask": _add_mask, "host": _host, "step": _step
+                "attention": _attention, "layer_step": _layer_step, "add_mask": _add_mask, "host": _host, "step": _step,
+                "prompt": _prompt,
             }  # fmt: skip
             operations[case.op](result, setup)
     except CheckFailed as error:
@@ -239,14 +242,38 @@ def _step(result: Result, setup: Setup) -> None:
     ours = min((step for way, step in done.items() if way.sparse), key=lambda step: step.wall_ms, default=None)
     if ours is None:
         raise RuntimeError("; ".join(f"{name}: {step.error}" for name, step in result.steps.items() if step.error))
-    result.ours = Times(ours.wall_ms, ours.wall_ms, ours.wall_ms, "wall")
+    result.ours = _wall(ours.wall_ms)
     for way, step in done.items():
         if not way.sparse:
-            result.dense[way.name] = Times(step.wall_ms, step.wall_ms, step.wall_ms, "wall")
+            result.dense[way.name] = _wall(step.wall_ms)
     if setup.cuda:
         result.measures |= {"gpu_ms": ours.gpu_ms, "wall_ms": ours.wall_ms, "of_need": ours.of_need or 0.0}
     if result.best_dense is not None:
         result.measures["dense_ratio"] = ours.wall_ms / result.dense[result.best_dense].p50
+
+
+def _prompt(result: Result, setup: Setup) -> None:
+    """``ours`` is the sparse model that reads the prompt at once."""
+    from sah_transformers.bench.prompt import prompts_of
+
+    result.prompts = prompts_of(result.case, setup.device, setup.kernel)
+    (_, ours), *others = result.prompts.items()
+    if ours.error:
+        raise RuntimeError(ours.error)
+    if any(not other.error and other.token != ours.token for _, other in others):
+        result.note = "the ways differ in the first token (a near-tie of random weights, or an error)"
+    result.ours = _wall(ours.seconds * 1e3)
+    for name, other in others:
+        if name.startswith("sdpa") and not other.error:
+            result.dense[name] = _wall(other.seconds * 1e3)
+    if result.best_dense is not None:
+        result.measures["dense_ratio"] = result.ours.p50 / result.dense[result.best_dense].p50
+    if ours.of_need is not None:
+        result.measures["of_need"] = ours.of_need
+
+
+def _wall(ms: float) -> Times:
+    return Times(ms, ms, ms, "wall")
 
 
 def _attention_bytes(case: Case, inputs: Tensors, kept: float) -> int:

@@ -111,14 +111,15 @@ def model_of(
     return model.eval()
 
 
-def _model(case: Case, device: str) -> Any:
+def random_model(case: Case, device: str) -> Any:
+    """The model of a case."""
     sizes = (case.layers, case.H * case.D, case.intermediate, case.vocab)
     return model_of(*sizes, case.H, case.G, case.D, case.dtype, device)  # type: ignore[arg-type]
 
 
 def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
     """Every way's step, by name."""
-    model = _model(case, device)
+    model = random_model(case, device)
     maskers = tuple(case.maskers)
     steps = {}
     for way in WAYS:
@@ -127,14 +128,18 @@ def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
             steps[way.name] = _step(case, model, way)
             sah_transformers.disable(model)
         else:
-            steps[way.name] = _dense_step(case.B, case.K, case.G, case.D, model, way)
+            steps[way.name] = _dense_step(case.B, case.K, case.G, case.D, case.padding, model, way)
     return steps
 
 
 @functools.lru_cache(32)
-def _dense_step(B: int, K: int, G: int, D: int, model: Any, way: Way) -> Step:
+def _dense_step(B: int, K: int, G: int, D: int, padding: float, model: Any, way: Way) -> Step:
     """Dense steps do not depend on the stack: those of a run are shared by its cases."""
-    return _step(Case(suite="", name="", K=K, B=B, G=G, H=G, D=D, maskers=_ANY), model, way)
+    case = Case(
+        suite="", name="", op="step", K=K, B=B, G=G, H=G, D=D, padding=padding, maskers=_ANY,
+        layers=1, intermediate=1, vocab=1,
+    )  # fmt: skip
+    return _step(case, model, way)
 
 
 _ANY = (sah_transformers.CausalMaskerConfig(),)
@@ -217,6 +222,7 @@ def _rewind(cache: Any, length: int) -> None:
 
 def _generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch.Tensor:
     ids = torch.full((case.B, case.K + 1), 3, device=model.device)
+    real = attention_mask(case, model.device)
     options: dict[str, Any] = {}
     if way.compiled and model.device.type == "cpu":
         compiling: Any = {"backend": "aot_eager", "mode": None}
@@ -224,13 +230,19 @@ def _generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torc
         options["compile_config"]._compile_all_devices = True
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=real,
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
         **options,
     )
     return out[:, case.K + 1 :]
+
+
+def attention_mask(case: Case, device: Any) -> torch.Tensor:
+    """Which of the cached keys and the token behind them are real: int64 ``[B, K + 1]``, padding on the left."""
+    first = torch.linspace(0, case.padding * case.K, case.B, device=device).long()
+    return (torch.arange(case.K + 1, device=device) >= first[:, None]).long()
 
 
 def _seconds(decode: Any, tokens: int) -> float:
@@ -267,14 +279,15 @@ def check_step(case: Case, device: str, kernel: str) -> Checked:
     Raises:
         CheckFailed: saying how far they are apart.
     """
-    model = _model(case, device)
+    model = random_model(case, device)
     cache = _filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
     token = torch.full((case.B, 1), 3, device=model.device)
-    dense = model(token, past_key_values=cache).logits.float()
+    given = {"attention_mask": attention_mask(case, device)} if case.padding else {}
+    dense = model(token, past_key_values=cache, **given).logits.float()
     _rewind(cache, case.K)
     sah_transformers.enable(model, {"maskers": [{"type": "oracle_top_k", "heavy_size": 1.0}], "kernel": kernel})
     try:
-        sparse = model(token, past_key_values=cache).logits.float()
+        sparse = model(token, past_key_values=cache, **given).logits.float()
     finally:
         sah_transformers.disable(model)
     error = (torch.linalg.vector_norm(sparse - dense) / torch.linalg.vector_norm(dense)).item()

@@ -12,10 +12,10 @@ from sah_transformers.config import parse_stack, presets_folder, read_plain
 from sah_transformers.maskers import MaskerConfig
 from sah_transformers.spelling import unknown_name
 
-OPERATIONS = ("attention", "layer_step", "add_mask", "host", "step")
+OPERATIONS = ("attention", "layer_step", "add_mask", "host", "step", "prompt")
 DTYPES = ("float32", "bfloat16", "float16")
 PREVIOUS = ("empty", "half")
-MANY = ("K", "S", "dtype", "previous", "q_scale")
+MANY = ("K", "S", "B", "dtype", "previous", "q_scale")
 """Fields of an entry that may hold a list: one case for each value."""
 
 AT_MOST = {
@@ -43,7 +43,8 @@ class Case:
         suite, name: where it comes from and what it is called.
         op: ``"attention"``: the whole call against dense SDPA; ``"layer_step"``: the same with side data of all keys
             but the last, which is appended; ``"add_mask"``: the last masker's ``add_mask``; ``"host"``: time of the
-            host and memory of an eager call; ``"step"``: a decode step of a whole model.
+            host and memory of an eager call; ``"step"``: a decode step of a whole model; ``"prompt"``: reading a
+            prompt of a whole model.
         B, H, G, Q, K, D: sizes; ``S`` in the file stands for Q = K.
         dtype: of queries, keys and values.
         maskers: the stack.
@@ -53,6 +54,7 @@ class Case:
         predecessor_ms: measured time of sparse-attention-hub's mask update at this shape.
         cpu: small enough for a CPU.
         layers, intermediate, vocab: of the model whose step is measured.
+        padding: share of the keys that are padding in the shortest sequence of the batch; the longest has none.
     """
 
     suite: str
@@ -74,9 +76,10 @@ class Case:
     layers: int | None = None
     intermediate: int | None = None
     vocab: int | None = None
+    padding: float = 0.0
 
     def __post_init__(self) -> None:
-        model = ("layers", "intermediate", "vocab") if self.op == "step" else ()
+        model = ("layers", "intermediate", "vocab") if self.op in ("step", "prompt") else ()
         for name in ("B", "H", "G", "Q", "K", "D", *model):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -88,6 +91,8 @@ class Case:
         for name, known in (("op", OPERATIONS), ("dtype", DTYPES), ("previous", PREVIOUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 <= self.padding < 1 or (self.padding and (self.B == 1 or self.op != "step")):
+            raise ValueError(f"padding must be in [0, 1), 0 unless op is step and B > 1, got {self.padding!r}")
         if not self.maskers:
             raise ValueError("stack must name at least one masker")
         for name in self.target:
@@ -100,6 +105,8 @@ class Case:
         parts = [self.name, f"Q=K={self.K:,}" if self.Q == self.K else f"{self.K:,} keys"]
         if self.B > 1:
             parts.append(f"B={self.B}")
+        if self.padding:
+            parts.append(f"up to {self.padding:.0%} padding")
         if self.q_scale != 1:
             parts.append(f"q x {self.q_scale:g}")
         if self.op == "add_mask":

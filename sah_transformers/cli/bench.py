@@ -59,9 +59,12 @@ def bench(
         part = [one for one in results if one.case.suite == Path(name).stem]
         if part:
             screen.print(report.table(name, part))
-    whole = [one for one in results if one.steps]
-    if whole:
-        screen.print(report.steps_table(whole))
+    for drawn, part in (
+        (report.steps_table, [one for one in results if one.steps]),
+        (report.prompts_table, [one for one in results if one.prompts]),
+    ):
+        if part:
+            screen.print(drawn(part))
     for one in results:
         if one.stages_us:
             listed = ", ".join(f"{kernel} {us:g}" for kernel, us in one.stages_us.items())
