@@ -15,7 +15,7 @@ import time
 import torch
 
 import sah_transformers
-from sah_transformers.bench.step import Way, _filled, _generate, _rewind, model_of
+from sah_transformers.bench.step import Way, filled, generate, model_of, rewind
 from sah_transformers.bench.suites import Case
 
 TOKENS = 24
@@ -36,13 +36,13 @@ def main() -> None:
     way, (heads, groups, dim) = Way(sparse, compiled=False), sizes[3:6]
     maskers = (sah_transformers.CausalMaskerConfig(),)  # a case has some; the model's are the ones above
     case = Case(suite="", name="", K=cached, B=1, H=heads, G=groups, D=dim, maskers=maskers)
-    cache = _filled(case, model, way, cached + TOKENS)
+    cache = filled(case, model, way, cached + TOKENS)
 
     def seconds() -> float:
         start = time.perf_counter()
-        _generate(case, model, cache, way, TOKENS).tolist()
+        generate(case, model, cache, way, TOKENS).tolist()
         spent = time.perf_counter() - start
-        _rewind(cache, cached)
+        rewind(cache, cached)
         return spent
 
     seconds(), seconds()

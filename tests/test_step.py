@@ -50,12 +50,12 @@ def test_sequences_of_different_lengths_generate_what_they_do_alone():
     real = step.attention_mask(case, "cpu")
     assert real.sum(-1).tolist() == [65, 49, 33]
     model = step.random_model(case, "cpu")
-    cache = step._filled(case, model, step.WAYS[0], case.K + 4)
+    cache = step.filled(case, model, step.WAYS[0], case.K + 4)
     token = torch.full((3, 1), 3)
     with torch.no_grad():
         places = real.sum(-1, keepdim=True) - 1
         together = model(token, attention_mask=real, position_ids=places, past_key_values=cache).logits
-        step._rewind(cache, case.K)
+        step.rewind(cache, case.K)
         for i, length in enumerate((64, 48, 32)):
             own = DynamicCache(config=model.config)
             for layer, held in enumerate(cache.layers):
@@ -83,10 +83,10 @@ def test_what_is_rewound_is_as_it_was():
     case = tiny()
     model = step.model_of(case.layers, 128, case.intermediate, case.vocab, 4, 2, 32, "float32", "cpu")
     for way in step.WAYS:
-        cache = step._filled(case, model, way, case.K + 8)
-        tokens = [step._generate(case, model, cache, way, 6).tolist() for _ in range(2) if not step._rewind(cache, 64)]
+        cache = step.filled(case, model, way, case.K + 8)
+        tokens = [step.generate(case, model, cache, way, 6).tolist() for _ in range(2) if not step.rewind(cache, 64)]
         assert tokens[0] == tokens[1]
-        step._rewind(cache, case.K)
+        step.rewind(cache, case.K)
         assert int(cache.get_seq_length()) == case.K
 
 
@@ -106,14 +106,14 @@ def test_wrong_attention_is_not_timed(monkeypatch):
 
 
 def test_a_way_that_fails_leaves_the_others(monkeypatch):
-    original = step._generate
+    original = step.generate
 
     def fails(case, model, cache, way, tokens):
         if way.compiled or (isinstance(cache, DynamicCache) and not way.sparse):
             raise torch.OutOfMemoryError("too large")
         return original(case, model, cache, way, tokens)
 
-    monkeypatch.setattr(step, "_generate", fails)
+    monkeypatch.setattr(step, "generate", fails)
     step._dense_step.cache_clear()
     result = run_case(tiny(), SETUP)
     step._dense_step.cache_clear()

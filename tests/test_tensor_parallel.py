@@ -53,3 +53,16 @@ def test_ranks_generate_what_one_process_does(tmp_path, ranks, heads, groups, gp
         right = torch.cat([ids, generate(sah_transformers.enable(model, stack), ids, new=6)], 1).tolist()
         for rank in range(ranks):
             assert json.loads((tmp_path / f"rank{rank}.json").read_text())[n] == right, (rank, stack)
+
+
+def test_the_benchmark_of_several_devices(tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.several_gpus", "2", "400", "2", "2"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    stacks = json.loads(run.stdout.splitlines()[-1])["stacks"]
+    assert len(stacks) == 3
+    for found in stacks.values():
+        assert found["ranks_agree"]
+        assert found["tokens_as_alone"] == found["tokens"]

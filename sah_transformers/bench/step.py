@@ -147,7 +147,7 @@ _ANY = (sah_transformers.CausalMaskerConfig(),)
 
 def _step(case: Case, model: Any, way: Way) -> Step:
     try:
-        return _measured(case, model, way)
+        return measured(case, model, way)
     except Exception as error:  # out of memory, code that does not compile: the other ways go on
         return Step(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
@@ -159,14 +159,15 @@ def _step(case: Case, model: Any, way: Way) -> Step:
             torch.cuda.empty_cache()
 
 
-def _measured(case: Case, model: Any, way: Way) -> Step:
+def measured(case: Case, model: Any, way: Way, heads: slice = slice(None)) -> Step:
+    """A step of ``model`` one way; ``heads``: the KV heads that the model has of the case's, on a rank of several."""
     kind = model.device.type
     more = STEPS[kind]
-    cache = _filled(case, model, way, case.K + SHORT + more)
+    cache = filled(case, model, way, case.K + SHORT + more, heads)
 
     def decode(tokens: int) -> torch.Tensor:
-        found = _generate(case, model, cache, way, tokens)
-        _rewind(cache, case.K)
+        found = generate(case, model, cache, way, tokens)
+        rewind(cache, case.K)
         return found
 
     first = decode(SHORT + more)  # compiles, captures, catches side data up
@@ -182,15 +183,15 @@ def _measured(case: Case, model: Any, way: Way) -> Step:
         held = 2 * (case.K + SHORT + more) * case.B * case.G * case.D * model.dtype.itemsize
         weights = sum(parameter.nbytes for parameter in model.parameters())
         step.of_need = step.peak_gib * 2**30 / (weights + held * model.config.num_hidden_layers)
-    long, short = _parts(decode, SHORT + more, kind), _parts(decode, SHORT, kind)
+    long, short = parts(decode, SHORT + more, kind), parts(decode, SHORT, kind)
     step.parts_ms = {name: max(0.0, long[name] - short[name]) / more for name in (*PARTS, "rest")}
     step.gpu_ms = sum(step.parts_ms.values())
     step.host_ms = max(0.0, step.wall_ms - step.gpu_ms)
     return step
 
 
-def _filled(case: Case, model: Any, way: Way, most: int) -> Any:
-    """A cache of ``K`` random keys and values in every layer; the same for every way."""
+def filled(case: Case, model: Any, way: Way, most: int, heads: slice = slice(None)) -> Any:
+    """A cache of ``K`` random keys and values in every layer; the same for every way and rank."""
     config = model.config
     if way.compiled:
         cache: Any = StaticCache(config=config, max_cache_len=most)
@@ -204,11 +205,11 @@ def _filled(case: Case, model: Any, way: Way, most: int) -> Any:
         keys, values = (
             torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
         )
-        cache.update(keys, values, layer)
+        cache.update(keys[:, heads], values[:, heads], layer)
     return cache
 
 
-def _rewind(cache: Any, length: int) -> None:
+def rewind(cache: Any, length: int) -> None:
     """Take what was generated back off the cache."""
     for layer in cache.layers:
         state = getattr(layer, "sah_state", None)
@@ -220,7 +221,8 @@ def _rewind(cache: Any, length: int) -> None:
             layer.crop(length - layer.get_seq_length())
 
 
-def _generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch.Tensor:
+def generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch.Tensor:
+    """So many ``tokens [B, n]`` behind the cached keys."""
     ids = torch.full((case.B, case.K + 1), 3, device=model.device)
     real = attention_mask(case, model.device)
     options: dict[str, Any] = {}
@@ -251,7 +253,7 @@ def _seconds(decode: Any, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def _parts(decode: Any, tokens: int, kind: str) -> dict[str, float]:
+def parts(decode: Any, tokens: int, kind: str) -> dict[str, float]:
     """ms that each part takes in a whole generation."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -280,11 +282,11 @@ def check_step(case: Case, device: str, kernel: str) -> Checked:
         CheckFailed: saying how far they are apart.
     """
     model = random_model(case, device)
-    cache = _filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
+    cache = filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
     token = torch.full((case.B, 1), 3, device=model.device)
     given = {"attention_mask": attention_mask(case, device)} if case.padding else {}
     dense = model(token, past_key_values=cache, **given).logits.float()
-    _rewind(cache, case.K)
+    rewind(cache, case.K)
     sah_transformers.enable(model, {"maskers": [{"type": "oracle_top_k", "heavy_size": 1.0}], "kernel": kernel})
     try:
         sparse = model(token, past_key_values=cache, **given).logits.float()
