@@ -50,18 +50,21 @@ def channel_file(heads: int, dim: int, layers: int = 2, seed: int = 0) -> str:
 
 
 @cache
-def weight_file(heads: int, groups: int, dim: int, bits: int = 32, shared: bool = False, seed: int = 0) -> str:
+def weight_file(
+    heads: int, groups: int, dim: int, bits: int = 32, shared: bool = False, seed: int = 0, layers: int = 2
+) -> str:
     """Random weights of HashAttention's MLPs with 6 hidden numbers, per query head or (`shared`) per KV head."""
     many, sizes = groups if shared else heads, [dim, 6, 6, bits]
     tensors = {}
-    for number, name in enumerate(f"layers.{layer}.{side}.{i}" for layer in (0, 1) for side in "qk" for i in range(3)):
+    names = [f"layers.{layer}.{side}.{i}" for layer in range(layers) for side in "qk" for i in range(3)]
+    for number, name in enumerate(names):
         fan_in, fan_out = sizes[number % 3], sizes[number % 3 + 1]
         weight = draw(many, fan_out, fan_in, seed=1000 * seed + number) / fan_in**0.5
         tensors[f"{name}.weight"] = weight.float()
         tensors[f"{name}.bias"] = 0.1 * draw(many, fan_out, seed=1000 * seed + 500 + number).float()
     numbers = {"query_heads": heads, "kv_heads": groups, "head_dim": dim, "bits": bits}
     metadata = {"format": FORMAT, "made_from": json.dumps({"text": "none"}), **{k: str(v) for k, v in numbers.items()}}
-    path = FOLDER / f"weights-{heads}-{groups}-{dim}-{bits}-{shared}-{seed}.safetensors"
+    path = FOLDER / f"weights-{layers}-{heads}-{groups}-{dim}-{bits}-{shared}-{seed}.safetensors"
     save_file(tensors, path, metadata=metadata)
     return str(path)
 
@@ -132,3 +135,9 @@ def codebooks(case, masker: dict) -> dict:
                 largest = float(side["radius"][b, g, m]) ** 0.5 * float(side["step"][b, g, m])
             books[b, g, m] = side["centroids"][b, g, m].double().numpy(), largest
     return books
+
+
+def put_preset_files(folder: Path, heads: int, groups: int, dim: int, layers: int = 2) -> None:
+    """The files that presets name, for models of this size, in the folder that they are looked for in."""
+    shutil.copy(channel_file(heads, dim, layers), folder / "model.channels.json")
+    shutil.copy(weight_file(heads, groups, dim, layers=layers), folder / "model.hash.safetensors")

@@ -369,8 +369,17 @@ def test_presets_say_where_their_numbers_come_from(name):
     assert re.search(r"arXiv \d{4}\.\d{5}|https?://", head)
 
 
+@pytest.mark.parametrize("name", ["double_sparsity", "hash_attention"])
+def test_presets_say_how_to_make_their_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`sah (calibrate|train) .* MODEL --out model\.\w+(\.\w+)?` writes one"):
+        sparse(name, num_hidden_layers=4)
+
+
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_load_and_run(name):
+def test_presets_load_and_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method_files.put_preset_files(tmp_path, heads=4, groups=2, dim=16, layers=4)
     given = parse(name)
     assert given.preset == name
     assert given.maskers

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import method_files
 import pytest
 import torch
 import transformers
@@ -89,7 +90,9 @@ def test_stock_from_pretrained(checkpoint, expected, tmp_path, form, attn):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_by_name(checkpoint, name):
+def test_presets_by_name(checkpoint, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method_files.put_preset_files(tmp_path, heads=4, groups=2, dim=16)
     if 1 in SparseAttentionConfig.parse(name).dense_layers:
         pytest.skip("leaves nothing sparse on two layers")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, sparse_attention=name, **FLOAT64)

@@ -19,6 +19,7 @@ import torch
 from sah_transformers.maskers.model_files import of_layer, version_of, write_whole
 
 FIELD = "sorted_channel_file"
+COMMAND = "sah calibrate double-sparsity"
 
 
 def write_channels(
@@ -48,7 +49,7 @@ def read_channels(path: str, selection: str) -> dict[int, np.ndarray]:
         ValueError: naming the file and the culprit: no such file, no JSON, no layer with ``selection``, a head whose
             list is no permutation of its channels, heads of different lengths.
     """
-    return _read(selection, *version_of(FIELD, path))
+    return _read(selection, *version_of(FIELD, path, COMMAND))
 
 
 @lru_cache(maxsize=8)
@@ -94,7 +95,7 @@ def channels_on(path: str, selection: str, layer: int, device: torch.device) -> 
     Raises:
         ValueError: as ``read_channels``, and for a layer that the file does not have.
     """
-    return _on(layer, device, selection, *version_of(FIELD, path))
+    return _on(layer, device, selection, *version_of(FIELD, path, COMMAND))
 
 
 @lru_cache(maxsize=1024)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from sah_transformers.maskers.model_files import of_layer, version_of, write_whole
 
 FIELD = "hat_weight_file"
+COMMAND = "sah train hash-attention"
 FORMAT = "sah-hash-attention-1"
 DEPTH = 3
 
@@ -84,7 +85,7 @@ def read_hash_file(path: str) -> HashFile:
         ValueError: naming the file and the culprit: no such file, truncated or no safetensors, another format, a
             tensor that is missing, unknown, or of a wrong shape or dtype.
     """
-    return _read(*version_of(FIELD, path))
+    return _read(*version_of(FIELD, path, COMMAND))
 
 
 @lru_cache(maxsize=8)
@@ -157,7 +158,7 @@ def mlp_on(path: str, layer: int, side: str, device: torch.device) -> Mlp:
     Raises:
         ValueError: as ``read_hash_file``, for a layer that is not there, for NaN or Inf in a tensor.
     """
-    return _on(layer, side, device, *version_of(FIELD, path))
+    return _on(layer, side, device, *version_of(FIELD, path, COMMAND))
 
 
 @lru_cache(maxsize=256)

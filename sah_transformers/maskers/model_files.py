@@ -18,17 +18,18 @@ def check_path(name: str, value: object, how: str) -> None:
         raise ValueError(f"{name} must be the path of a file ({how}), got {value!r}")
 
 
-def version_of(name: str, path: str) -> tuple[str, int, int]:
+def version_of(name: str, path: str, command: str) -> tuple[str, int, int]:
     """(absolute path, time of change, bytes) of a file: what a loaded copy is cached by.
 
     Raises:
-        ValueError: where there is no such file.
+        ValueError: where there is no such file, with the ``command`` that writes one.
     """
     file = Path(path).expanduser()
     try:
         stat = os.stat(file)
     except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
+        how = f"`{command} MODEL --out {path}` writes one"
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}; {how}") from None
     if not file.is_file():
         raise ValueError(f"{name}: {path} is not a file")
     return str(file.absolute()), stat.st_mtime_ns, stat.st_size
