@@ -369,6 +369,21 @@ def test_presets_say_where_their_numbers_come_from(name):
     assert re.search(r"arXiv \d{4}\.\d{5}|https?://", head)
 
 
+@pytest.mark.parametrize(
+    ("masker", "fault"),
+    [
+        ({"type": "pq_cache", "heavy_size": 4, "pq_sub_dim": 5}, "pq_sub_dim must divide the head dimension"),
+        (method_files.double_sparsity(4, 32, heavy_size=4), "has 32 channels per head, the model has 16"),
+        (method_files.double_sparsity(4, 16, heavy_size=4, group_factor=17), "at most the head dimension 16"),
+        (method_files.hash_attention(4, 2, 32, heavy_size=4), "is for the head dimension 32, the model has 16"),
+    ],
+    ids=["pq_cache", "channels", "group_factor", "hash_attention"],
+)
+def test_what_does_not_fit_the_models_heads_is_refused_at_once(masker, fault):
+    with pytest.raises(ValueError, match=fault):
+        sparse([masker])
+
+
 @pytest.mark.parametrize("name", ["double_sparsity", "hash_attention"])
 def test_presets_say_how_to_make_their_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

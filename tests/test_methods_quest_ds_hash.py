@@ -537,7 +537,7 @@ def test_files_are_read_under_any_default_device(channels, weights):
     stack = [double_sparsity(channels), hash_attention(weights)]
     with torch.device("meta"):
         for config in stack:
-            MaskerRegistry.create_masker(config).check_layer(0, H)
+            MaskerRegistry.create_masker(config).check_layer(0, H, D)
     assert dense(q, k, v, stack).sum() > 0
 
 

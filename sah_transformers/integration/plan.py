@@ -115,7 +115,7 @@ def _resolve(module: Any, source: Any) -> LayerPlan:
         prefill = tuple(MaskerRegistry.create_masker(c) for c in config.prefill)
     heads = getattr(module.config, "num_attention_heads", None)
     for masker in (*stack, *(() if isinstance(prefill, str) else prefill)):
-        masker.check_layer(index, heads if isinstance(heads, int) else None)
+        masker.check_layer(index, heads if isinstance(heads, int) else None, key_dim(module))
         if masker.pages() and window_of(module) is not None:
             kind = masker.config.type
             return replace(plan, dense=f"the model windows it ({window_of(module)}) and {kind} needs whole pages")
@@ -133,6 +133,12 @@ def never_sparse(module: Any) -> str:
     if getattr(module, "is_causal", True) is False:
         return "not causal"
     return ""
+
+
+def key_dim(module: Any) -> int | None:
+    """Dimensions of a key of the module, where it says."""
+    dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+    return dim if isinstance(dim, int) else None
 
 
 def layer_count(config: Any, at_least: int) -> int:

@@ -131,11 +131,12 @@ class Masker(ABC):
         """
         return None
 
-    def check_layer(self, layer_idx: int, heads: int | None) -> None:  # noqa: B027 (few maskers read files)
-        """Raise ``ValueError`` when a file that this masker reads does not fit a layer; asked when a model is loaded.
+    def check_layer(self, layer_idx: int, heads: int | None, dim: int | None) -> None:  # noqa: B027 (few maskers ask)
+        """Raise ``ValueError`` when this masker, or a file that it reads, does not fit a layer; asked at loading.
 
         Args:
-            layer_idx: index of the layer; heads: query heads of the whole model, or None where it does not say.
+            layer_idx: index of the layer.
+            heads: query heads of the whole model; dim: dimensions of a key; None where the model does not say.
         """
 
     @property

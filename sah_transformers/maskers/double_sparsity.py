@@ -73,10 +73,22 @@ class DoubleSparsityTopKMasker(TopKMasker):
         read_channels(config.sorted_channel_file, config.channel_selection)
         super().__init__(config)
 
-    def check_layer(self, layer_idx: int, heads: int | None) -> None:
+    def check_layer(self, layer_idx: int, heads: int | None, dim: int | None) -> None:
         path, selection = self.config.sorted_channel_file, self.config.channel_selection
         channels = of_layer(f"{FIELD}: {path}", read_channels(path, selection), layer_idx)
         check_heads(f"{FIELD}: {path}", layer_idx, len(channels), heads)
+        if dim is not None:
+            self.check_dim(layer_idx, channels.shape[1], dim)
+
+    def check_dim(self, layer_idx: int, held: int, dim: int) -> None:
+        """Raise ``ValueError`` unless the file's layer has as many channels as a key, and at least one is kept."""
+        if held != dim:
+            raise ValueError(
+                f"{FIELD}: {self.config.sorted_channel_file}: layer {layer_idx} has {held} channels per head, the "
+                f"model has {dim}; was it made for another model?"
+            )
+        if self.config.group_factor > dim:
+            raise ValueError(f"group_factor must be at most the head dimension {dim}, got {self.config.group_factor}")
 
     def channels(self, ctx: Context, heads: int, dim: int, device: torch.device) -> torch.Tensor:
         """The channels of the local query heads' labels, int64 ``[H, r]``.
@@ -86,13 +98,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         """
         path, group_factor = self.config.sorted_channel_file, self.config.group_factor
         channels = channels_on(path, self.config.channel_selection, ctx.layer_idx, device)
-        if channels.shape[1] != dim:
-            raise ValueError(
-                f"{FIELD}: {path}: layer {ctx.layer_idx} has {channels.shape[1]} channels per head, the model has "
-                f"{dim}; was it made for another model?"
-            )
-        if group_factor > dim:
-            raise ValueError(f"group_factor must be at most the head dimension {dim}, got {group_factor}")
+        self.check_dim(ctx.layer_idx, channels.shape[1], dim)
         return channels[local_heads(f"{FIELD}: {path}", len(channels), ctx, heads), : dim // group_factor]
 
     def describe(self) -> Selection:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sah_transformers.budget import check_number
-from sah_transformers.maskers.hash_weights import FIELD, Mlp, mlp_on, read_hash_file
+from sah_transformers.maskers.hash_weights import FIELD, HashFile, Mlp, mlp_on, read_hash_file
 from sah_transformers.maskers.model_files import check_heads, check_path, local_heads, of_layer
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
@@ -64,10 +64,12 @@ class HashAttentionTopKMasker(TopKMasker):
             raise ValueError(f"hat_bits must be {bits}, that of {config.hat_weight_file}, got {config.hat_bits}")
         super().__init__(config)
 
-    def check_layer(self, layer_idx: int, heads: int | None) -> None:
+    def check_layer(self, layer_idx: int, heads: int | None, dim: int | None) -> None:
         file = read_hash_file(self.config.hat_weight_file)
         of_layer(f"{FIELD}: {file.path}", file.layers, layer_idx)
         check_heads(f"{FIELD}: {file.path}", layer_idx, file.query_heads, heads)
+        if dim is not None:
+            check_dim(file, dim)
 
     def mlp(self, side: str, ctx: Context, heads: int, dim: int, device: torch.device) -> Mlp:
         """The MLPs of the local heads, one per query head or one per KV head.
@@ -77,10 +79,7 @@ class HashAttentionTopKMasker(TopKMasker):
         """
         file = read_hash_file(self.config.hat_weight_file)
         where = f"{FIELD}: {file.path}"
-        if file.head_dim != dim:
-            raise ValueError(
-                f"{where} is for the head dimension {file.head_dim}, the model has {dim}; was it made for another?"
-            )
+        check_dim(file, dim)
         sets = of_layer(where, file.layers, ctx.layer_idx)
         local = local_heads(where, file.query_heads, ctx, heads)
         share = file.query_heads // sets  # query heads per MLP
@@ -165,3 +164,12 @@ def popcount(x: torch.Tensor) -> torch.Tensor:
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return (x * 0x01010101) >> 24
+
+
+def check_dim(file: HashFile, dim: int) -> None:
+    """Raise ``ValueError`` unless ``file`` is for keys of ``dim`` dimensions."""
+    if file.head_dim != dim:
+        raise ValueError(
+            f"{FIELD}: {file.path} is for the head dimension {file.head_dim}, the model has {dim}; "
+            "was it made for another?"
+        )

@@ -86,7 +86,7 @@ class PQCache(TopKMasker):
     ``[B, G, M]``, a power of two; for ``"ip"`` also ``radius``, float64 ``[B, G, M]``, the largest ``|k / step|**2``.
 
     Raises:
-        ValueError: from a call whose head dimension is no multiple of ``pq_sub_dim``.
+        ValueError: where the head dimension is no multiple of ``pq_sub_dim``.
     """
 
     config: PQCacheConfig
@@ -101,6 +101,10 @@ class PQCache(TopKMasker):
                 f"and a head dimension of {dim}"
             )
         return dim // int(width)
+
+    def check_layer(self, layer_idx: int, heads: int | None, dim: int | None) -> None:
+        if dim is not None:
+            self.parts(dim)
 
     def describe(self) -> Selection:
         options = (("bits", self.config.pq_bits),)
