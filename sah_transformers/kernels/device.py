@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
@@ -17,7 +18,12 @@ def no_kernels(tensor: torch.Tensor) -> str:
         return "Triton is not installed"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {tensor.device.type}, not on a CUDA device"
-    if tensor.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(tensor.device) < (8, 0)):
+    return _too_old(tensor.device) if tensor.is_cuda else ""
+
+
+@cache
+def _too_old(device: torch.device) -> str:
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return ""
 
