@@ -179,8 +179,11 @@ def make_call(
     min_keys: int = 0,
     layer_state: LayerState | None = None,
     kernel: str = "auto",
+    kept: Sequence[Masker] = (),
 ) -> Call:
     """Check the arguments of ``sparse_attention`` and bring the side data up to date.
+
+    ``kept``: whose side data that is, where not of the stack's maskers alone.
 
     Raises:
         ValueError: naming the argument, the rule and the value, before any work.
@@ -211,7 +214,7 @@ def make_call(
         kernel=kernel,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
-    stateful = [masker for masker in maskers if masker.needs_state]
+    stateful = kept or [masker for masker in maskers if masker.needs_state]
     if stateful:
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total

@@ -16,16 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sah_transformers.attention import Call, make_call, run
 from sah_transformers.integration.plan import LayerPlan, plan_number
 from sah_transformers.kernels import decode
+from sah_transformers.static_state import StaticState
 
 TENSORS = ("attention_mask", "sinks", "position_bias", "indices")
 
 CAPTURING = ("cuda",)
 """Types of devices on which compiled code is captured in graphs that the host is no part of."""
 
-SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sinks, Tensor? position_bias, "
-    "Tensor? indices, bool is_causal, float scaling, float? softcap, int plan, int layer_idx, int head_offset)"
-    " -> Tensor"
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sinks, Tensor? position_bias, "
+    "Tensor? indices, bool is_causal, float scaling, float? softcap, int plan, int layer_idx, int head_offset"
 )
 
 
@@ -43,6 +43,7 @@ def _call(
     plan: int,
     layer_idx: int,
     head_offset: int,
+    state: StaticState | None = None,
 ) -> Call:
     """The call of ``sparse_attention`` that the operator's arguments stand for."""
     settled = plan_number(plan)
@@ -62,24 +63,49 @@ def _call(
         head_offset=head_offset,
         min_keys=settled.min_keys,
         kernel=settled.kernel,
+        layer_state=state,
+        kept=() if state is None else settled.keepers,
     )
 
 
-@torch.library.custom_op("sah::attention", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op("sah::attention", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
 def attention_operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Attention ``[B, Q, H, Dv]`` of a layer by its plan; the arguments are ``SCHEMA``'s."""
+    """Attention ``[B, Q, H, Dv]`` of a layer by its plan; the arguments are ``ARGUMENTS``."""
     mask = rest[0]
     if mask is not None and mask.dtype == torch.bool and key.device.type == "cpu":
-        end = _end(mask)
-        bias = None if rest[2] is None else rest[2][..., :end]
-        key, value, rest = key[:, :, :end], value[:, :, :end], (mask[..., :end], rest[1], bias, *rest[3:])
-    call = _call(query, key, value, *rest)
-    return run(call)[0].contiguous()
+        key, value, *rest = _until(_end(mask), key, value, *rest)
+    return run(_call(query, key, value, *rest))[0].contiguous()
 
 
+@torch.library.custom_op(
+    "sah::attention_with_state",
+    mutates_args=("state",),
+    schema=f"({ARGUMENTS}, Tensor length, str names, Tensor(a!)[] state) -> Tensor",
+)
+def attention_with_state_operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    """As ``attention_operator``, for stacks with side data, which it appends to.
+
+    ``key`` is the buffer of a static cache, ``length`` how much of it is filled; ``state`` and ``names`` are a
+    ``StaticState``'s.
+    """
+    *rest, length, names, tensors = rest
+    state = StaticState.of(plan_number(rest[7]).keepers, names, tensors)
+    key, value, *rest = _until(int(length), key, value, *rest)
+    return run(_call(query, key, value, *rest, state))[0].contiguous()
+
+
+@attention_with_state_operator.register_fake
 @attention_operator.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _until(end: int, key: torch.Tensor, value: torch.Tensor, mask: Any, sinks: Any, bias: Any, *rest: Any) -> list[Any]:
+    """The operator's arguments over the first ``end`` keys."""
+    mask, bias = (None if tensor is None else tensor[..., :end] for tensor in (mask, bias))
+    return [key[:, :, :end], value[:, :, :end], mask, sinks, bias, *rest]
 
 
 def _end(mask: torch.Tensor) -> int:
@@ -88,14 +114,18 @@ def _end(mask: torch.Tensor) -> int:
     return int(seen[-1]) + 1 if seen.numel() else 0
 
 
-def takes(plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Any) -> bool:
+def takes(
+    plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Any, state: Any
+) -> bool:
     """Whether the operator can stand for a call; asked while it is traced.
 
     Not for calls with side data, gradients or dropout, not where the choice of the stack needs the number of keys
     before the call, and on a GPU, where it may be captured in a CUDA graph, not unless the decode kernels take it.
     """
     rows = query.shape[2]
-    if plan.stateful or arguments["dropout"] or (plan.prefill != "same" and 1 < rows <= plan.decode_max_queries):
+    if arguments["dropout"] or (plan.prefill != "same" and 1 < rows <= plan.decode_max_queries):
+        return False
+    if plan.keepers and (state is None or query.device.type in CAPTURING):
         return False
     given = [query, key, value, *(arguments[name] for name in TENSORS)]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
