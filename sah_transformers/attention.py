@@ -180,10 +180,13 @@ def make_call(
     layer_state: LayerState | None = None,
     kernel: str = "auto",
     kept: Sequence[Masker] = (),
+    prompt: int = 0,
 ) -> Call:
     """Check the arguments of ``sparse_attention`` and bring the side data up to date.
 
-    ``kept``: whose side data that is, where not of the stack's maskers alone.
+    Args (others are ``sparse_attention``'s):
+        kept: maskers whose side data are brought up to date, where not the stack's alone.
+        prompt: as in ``Context``.
 
     Raises:
         ValueError: naming the argument, the rule and the value, before any work.
@@ -212,6 +215,7 @@ def make_call(
         heads=heads,
         head_offset=head_offset,
         kernel=kernel,
+        prompt=prompt,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
     stateful = kept or [masker for masker in maskers if masker.needs_state]

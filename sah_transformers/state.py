@@ -347,21 +347,27 @@ class LayerState:
         self._prepared.update(made)
 
     def _prepare(self, masker: Masker, keys: torch.Tensor, values: torch.Tensor, context: Context) -> Prepared | None:
-        """What ``masker`` makes once of each sequence: the stored object itself where nothing is new."""
-        known = self._prepared.get(masker.config)
-        if known is not None and not known.complete:
-            known.complete = bool(known.ready.all())
-        if known is not None and known.complete:
-            return known
-        if known is not None:
-            context = replace(context, side={"ready": known.ready})
-        result = masker.prepare(keys, values, context)
-        if result is None:
-            return None
-        data, ready = result
-        if known is None:
-            return Prepared(data, ready)
-        return known.merged(data, ready) if bool((ready & ~known.ready).any()) else known
+        """What ``masker`` makes once of each sequence: the stored object itself where nothing is new.
+
+        It is asked about the prompt, where that was read without it; then, for sequences not ready, about all keys.
+        """
+        known, total = self._prepared.get(masker.config), keys.shape[2]
+        assert context.positions is not None
+        for size in dict.fromkeys((context.prompt or total, total)):
+            if known is not None and not known.complete:
+                known.complete = bool(known.ready.all())
+            if known is not None and known.complete:
+                return known
+            side = {} if known is None else {"ready": known.ready}
+            part = replace(context, positions=context.positions[:, :size], side=side)
+            result = masker.prepare(keys[:, :, :size], values[:, :, :size], part)
+            if result is None:
+                return None
+            if known is None:
+                known = Prepared(*result)
+            elif bool((result[1] & ~known.ready).any()):
+                known = known.merged(*result)
+        return known
 
     def crop(self, length: int) -> None:
         """Forget the keys behind the first ``length``; without any left, what was prepared as well."""

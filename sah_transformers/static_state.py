@@ -37,6 +37,7 @@ class StaticState(LayerState):
         self._span = torch.zeros(2, dtype=torch.int64)
         self._idle: dict[MaskerConfig, Prepared] = {}
         self._padded = True
+        self._read_to = 0  # by maskers that were not asked to select
 
     @classmethod
     def of(cls, maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor]) -> StaticState:
@@ -73,6 +74,16 @@ class StaticState(LayerState):
         self.keeper, self.names, self.tensors = keeper, " ".join(named), list(named.values())
         for tensor in self.tensors:
             torch._dynamo.mark_static_address(tensor)
+
+    def read_on(self, before: int, total: int, unasked: Sequence[Masker]) -> None:
+        """Before an update to ``total`` keys by a call from whose keys the ``unasked`` maskers do not select.
+
+        That is a prompt. If the call before was a part of it, what was made once of the sequence is made anew.
+        """
+        if before == self._read_to:
+            again = {masker.config for masker in unasked} & self._prepared.keys()
+            self._idle |= {config: self._prepared.pop(config) for config in again}
+        self._read_to = total if unasked else -1
 
     @property
     def padded(self) -> bool:

@@ -181,6 +181,9 @@ def attend_planned(
     if plan.keepers and layer is not None and not getattr(layer, "is_sliding", False):
         kept = plan.keepers if is_static(layer) else ()
         state = state_of(layer) if kept or any(masker.needs_state for masker in stack) else None
+        if isinstance(state, StaticState):
+            unasked = [masker for masker in kept if masker.config not in {one.config for one in stack}]
+            state.read_on(key.shape[2] - rows, key.shape[2], unasked)
 
     def call() -> Call:
         made = make_call(
@@ -194,6 +197,7 @@ def attend_planned(
             layer_state=state,
             kernel=plan.kernel,
             kept=kept,
+            prompt=key.shape[2] - rows if plan.prefill != "same" and stack is plan.maskers else 0,
             **arguments,
         )
         if isinstance(state, StaticState):
@@ -202,7 +206,7 @@ def attend_planned(
 
     if not stack:
         check_shapes(query, key, value)
-        if kept:
+        if isinstance(state, StaticState):
             call()
         if recorder is None:
             return attend_dense(query, key, value, arguments, weights)

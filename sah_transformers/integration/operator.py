@@ -47,11 +47,12 @@ def _call(
 ) -> Call:
     """The call of ``sparse_attention`` that the operator's arguments stand for."""
     settled = plan_number(plan)
+    stack = settled.stack_of(key.shape[2] == query.shape[2], query.shape[2], key.shape[2])
     return make_call(
         query,
         key,
         value,
-        settled.stack_of(key.shape[2] == query.shape[2], query.shape[2], key.shape[2]),
+        stack,
         attention_mask=attention_mask,
         is_causal=is_causal,
         scaling=scaling,
@@ -65,6 +66,7 @@ def _call(
         kernel=settled.kernel,
         layer_state=state,
         kept=() if state is None else settled.keepers,
+        prompt=key.shape[2] - query.shape[2] if settled.prefill != "same" and stack is settled.maskers else 0,
     )
 
 
