@@ -85,7 +85,7 @@ def append_in_place(
                 fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
             elif isinstance(selection, Estimated):
                 given = masker.given(context, keys.shape[3], keys.device)
-                method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
+                method_of(selection.estimate).append(buffers, keys, values, (have, keys.shape[2]), given)
     except Exception as error:
         if context.kernel != "auto" or not cannot_be_built(error):
             raise

@@ -8,7 +8,7 @@ A method is a module with the same constant and functions:
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
 - ``score(launch, call, side, given, scratch, tile)``: what `decode.score.score_kernel` does, with estimates from side
   data in place of ``q.k``: the same outputs, with the same meaning.
-- ``append(buffers, keys, values, start, given)``: side data of new keys, in place.
+- ``append(buffers, keys, values, span, given)``: side data of the keys in a `place.Span`, in place.
 
 ``call`` is a `launch.Scoring`, ``launch`` a `decode.kernel.Launcher`. ``side`` holds the masker's tensors
 ``[B, heads, >= K, ...]`` by name, views of storages with any strides; storages of a multiple of 16 keys are read in
