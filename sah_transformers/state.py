@@ -41,6 +41,7 @@ class SideBuffer:
         self.length = first.shape[2]
         self.storage = self._room(first, max(self.length, capacity))
         self.storage[:, :, : self.length] = first
+        self.storage[:, :, self.length :] = 0  # compiled code looks at all of it
 
     @classmethod
     def over(cls, storage: torch.Tensor, apart: bool = False) -> SideBuffer:

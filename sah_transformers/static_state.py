@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from sah_transformers.kernels.append import append_from_device, follow
 from sah_transformers.rows import Context
 from sah_transformers.state import LayerState, PageBuffer, Prepared, SideBuffer, counting
 
 if TYPE_CHECKING:
     from sah_transformers.maskers.base import Masker, MaskerConfig
+
+S = TypeVar("S", bound="StaticState")
 
 
 class StaticState(LayerState):
@@ -26,12 +30,14 @@ class StaticState(LayerState):
         tensors: ``span``, int64 ``[2]`` (keys that are known: before the last call, and now), ``positions``, int64
             ``[B, 1, capacity]``, then each masker's; the same objects as long as the batch stays as it is.
         names: what each of ``tensors`` is, separated by blanks.
+        captured: whether the kernels take calls of one row, and their appends, so that nothing waits for the device.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
         self.keeper = 0
+        self.captured = False
         self.tensors: list[torch.Tensor] = []
         self.names = ""
         self._span = torch.zeros(2, dtype=torch.int64)
@@ -40,7 +46,7 @@ class StaticState(LayerState):
         self._read_to = 0  # by maskers that were not asked to select
 
     @classmethod
-    def of(cls, maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor]) -> StaticState:
+    def of(cls: type[S], maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor]) -> S:
         """The state whose ``names`` and ``tensors`` these are; ``maskers`` as they were handed out for."""
         span, positions, *others = tensors
         state = cls(positions.shape[2])
@@ -60,9 +66,10 @@ class StaticState(LayerState):
                     side[name] = SideBuffer.over(tensor, name in masker.apart)
         return state
 
-    def hand_out(self, maskers: Sequence[Masker], keeper: int) -> None:
+    def hand_out(self, maskers: Sequence[Masker], keeper: int, captured: bool) -> None:
         """Have ``tensors`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
         assert self._positions is not None
+        self.captured = captured
         named = {"span": self._span, "positions": self._positions.storage}
         for number, masker in enumerate(maskers):
             prepared = self._prepared.get(masker.config)
@@ -167,6 +174,12 @@ class StaticState(LayerState):
         """Forget all keys; the tensors stay where they are."""
         self.crop(0)
 
+    def complete(self) -> bool:
+        """Whether all that is made once of a sequence was made; asks the device where the host does not know."""
+        for prepared in self._prepared.values():
+            prepared.complete = prepared.complete or bool(prepared.ready.all())
+        return all(prepared.complete for prepared in self._prepared.values())
+
     def to(self, device: torch.device | str) -> None:
         """Move the side data."""
         super().to(device)
@@ -176,3 +189,51 @@ class StaticState(LayerState):
         super()._map_batch(operation)
         self._idle.clear()
         self.keeper = 0
+
+
+class CapturedState(StaticState):
+    """A ``StaticState`` whose keys the host does not count: kernels do, and nothing waits for them.
+
+    Its side data span the cache's whole buffer. All that is made once of a sequence has been made.
+
+    Attributes:
+        filled: int64, one element: keys in the cache.
+    """
+
+    filled: torch.Tensor
+
+    @classmethod
+    def over(
+        cls, maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor], filled: torch.Tensor
+    ) -> CapturedState:
+        """As ``of``."""
+        state = cls.of(maskers, names, tensors)
+        state.filled = filled
+        return state
+
+    def update(
+        self,
+        maskers: Sequence[Masker],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: int,
+        new: int,
+        real: torch.Tensor | None,
+        context: Context,
+    ) -> torch.Tensor:
+        """As ``LayerState.update``; ``keys`` and ``values`` are whole buffers, and so are the positions."""
+        assert real is not None
+        assert self._positions is not None
+        self.length = keys.shape[2]
+        positions = self._positions.storage[:, 0, : self.length]
+        follow(self.filled, self._span, positions, real, new)
+        for masker in maskers:
+            side = self._side[masker.config]
+            for buffer in side.values():
+                if isinstance(buffer, SideBuffer):
+                    buffer.length = self.length
+            prepared = self._prepared.get(masker.config)
+            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
+            storages = {name: buffer.storage for name, buffer in side.items()}
+            append_from_device(masker, storages, keys, values, self._span, positions, part)
+        return positions

@@ -11,9 +11,17 @@ from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, handed_out, is_static, state_of, undo
-from sah_transformers.integration.operator import TENSORS, attention_operator, attention_with_state_operator, takes
+from sah_transformers.integration.operator import (
+    TENSORS,
+    attention_operator,
+    attention_with_state_operator,
+    capturable,
+    takes,
+)
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
+from sah_transformers.maskers import Masker
+from sah_transformers.state import LayerState
 from sah_transformers.static_state import StaticState
 
 logger = logging.get_logger(__name__)
@@ -177,7 +185,8 @@ def attend_planned(
         static = False
     empty_before = not static and key.shape[2] == rows
     stack = plan.stack_of(empty_before, rows, key.shape[2])
-    state, kept = None, ()
+    state: LayerState | None = None
+    kept: tuple[Masker, ...] = ()
     if plan.keepers and layer is not None and not getattr(layer, "is_sliding", False):
         kept = plan.keepers if is_static(layer) else ()
         state = state_of(layer) if kept or any(masker.needs_state for masker in stack) else None
@@ -185,23 +194,25 @@ def attend_planned(
             unasked = [masker for masker in kept if masker.config not in {one.config for one in stack}]
             state.read_on(key.shape[2] - rows, key.shape[2], unasked)
 
+    at = {"layer_idx": module.layer_idx, "head_offset": first_head(module, plan, query.shape[1])}
+
     def call() -> Call:
         made = make_call(
             query,
             key,
             value,
             stack,
-            layer_idx=module.layer_idx,
-            head_offset=first_head(module, plan, query.shape[1]),
             min_keys=plan.min_keys,
             layer_state=state,
             kernel=plan.kernel,
             kept=kept,
             prompt=key.shape[2] - rows if plan.prefill != "same" and stack is plan.maskers else 0,
+            **at,
             **arguments,
         )
         if isinstance(state, StaticState):
-            state.hand_out(kept, plan.number)
+            given = {name: arguments[name] for name in ("scaling", "softcap", "sinks")} | at
+            state.hand_out(kept, plan.number, capturable(plan, state, query, held, value, **given))
         return made
 
     if not stack:

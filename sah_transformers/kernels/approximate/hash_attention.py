@@ -96,9 +96,7 @@ def append(
         _hash(Direct(), keys, given.key, storage, storage.stride(), span)
 
 
-def _hash(
-    launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, ...], span: Span
-) -> None:
+def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, ...], span: Span) -> None:
     """Hashes of ``x [B, heads, n, D]`` in ``span`` to ``out [B, max(heads, S), ..., words]``."""
     batch, heads, _, dim = x.shape
     start, n = programs_of(launch, span)

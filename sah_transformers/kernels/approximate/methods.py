@@ -30,6 +30,9 @@ METHODS = {
 UNPROVEN = frozenset(METHODS) - {"exact"}
 """Methods whose kernels have not been through their tests on a GPU: ``kernel="auto"`` leaves them alone."""
 
+UNPROVEN_IN_GRAPHS = frozenset({"pages", *METHODS})
+"""What has not been through its tests in CUDA graphs, where appends find their place on the device; as above."""
+
 
 def method_of(estimate: str) -> Any:
     """The module of an estimate that ``METHODS`` names."""

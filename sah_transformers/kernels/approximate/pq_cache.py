@@ -155,7 +155,9 @@ def code_kernel(
         if S > SUB:
             more = tl.maximum(tl.load(radius + i_book) - tl.sum(b_x * b_x), 0.0)
             more = even(tl.sqrt(more))
-            b_more = tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=o_c < C, other=0.0).to(tl.float64) / unit
+            b_more = (
+                tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=o_c < C, other=0.0).to(tl.float64) / unit
+            )
             b_far += b_more * b_more - 2 * b_more * more
         code = tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0)
         p = codes + i_b * sc_b + i_g.to(tl.int64) * sc_g + i_key * sc_n + i_m * sc_m
