@@ -99,7 +99,7 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
 def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
     """What one decode call with a selection by side data would launch, the append included."""
     from sah_transformers.kernels import append
-    from sah_transformers.kernels.approximate import fold, pipeline
+    from sah_transformers.kernels.approximate import fold, follow, pipeline
     from sah_transformers.kernels.approximate.methods import method_of
     from sah_transformers.kernels.approximate.stack import read_side_stack
     from sah_transformers.kernels.decode.kernel import Inputs
@@ -144,17 +144,22 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
         causal=True, scaling=0.1, softcap=softcap, least=0, stack=read.stack,
     )  # fmt: skip
     launcher, pipeline.Launcher = pipeline.Launcher, Recorder
-    kernels = {name: getattr(fold, name) for name in ("fold_pages_kernel", "fold_keys_kernel")}
+    kernels = [(fold, "fold_pages_kernel"), (fold, "fold_keys_kernel"), (follow, "follow_kernel")]
+    originals = [getattr(module, name) for module, name in kernels]
     try:
-        for name, one in kernels.items():
-            setattr(fold, name, Direct(one))
+        for (module, name), one in zip(kernels, originals, strict=True):
+            setattr(module, name, Direct(one))
         pipeline.attend_rows(inputs, selection, side, given, positions)
         if isinstance(selection, Pages):
             append.fold(side["low"], side["high"], keys, K - 1, positions if masked else None, selection.size)
+        if isinstance(selection, Pages) and masked:
+            span, length = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
+            append.fold(side["low"], side["high"], keys, span, positions, selection.size)
+            append.follow(length, span, positions, mask[:, 0].expand(B, -1), 1)
     finally:
         pipeline.Launcher = launcher
-        for name, one in kernels.items():
-            setattr(fold, name, one)
+        for (module, name), one in zip(kernels, originals, strict=True):
+            setattr(module, name, one)
     return recorded
 
 

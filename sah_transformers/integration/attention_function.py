@@ -135,12 +135,8 @@ def sah_attention(
                 return attention_operator(query, key, value, *tensors, *numbers, *at), None
             side = (layer.cumulative_length, state.names, state.tensors)
             return attention_with_state_operator(query, key, value, *tensors, *numbers, *at, *side), None
-    attend = attend_uncompiled if compiling else attend_planned
-    try:
-        return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
-    except Exception:
-        undo(sah_cache, module.layer_idx, query.shape[2])
-        raise
+    attend = attend_uncompiled if compiling else attend_or_undo
+    return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
 
 
 def _prompt(mask: torch.Tensor | None, key: torch.Tensor) -> int | None:
@@ -235,8 +231,20 @@ def attend_planned(
     return run(call(), return_weights=weights)
 
 
-attend_uncompiled = torch.compiler.disable(attend_planned, recursive=True)
-"""Where compiled code meets what the operator does not cover, the graph breaks."""
+def attend_or_undo(
+    module: Any, plan: LayerPlan, query: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``attend_planned``; a failure takes the call's keys out of the cache (the argument before the last two)."""
+    try:
+        return attend_planned(module, plan, query, *rest)
+    except Exception:
+        undo(rest[-3], module.layer_idx, query.shape[2])
+        raise
+
+
+attend_uncompiled = torch.compiler.disable(attend_or_undo, recursive=True)
+"""Where compiled code meets what the operator does not cover, the graph breaks; not inside a ``try``, where it would be
+traced all the same."""
 
 
 def first_head(module: Any, plan: LayerPlan, heads: int) -> int:

@@ -49,7 +49,7 @@ def fold_keys_kernel(
     """Few keys of one KV head, one after the other, at their ``positions [B, K]`` (-1: nowhere).
 
     ``POINT``: ``start`` is the address of a `place.Span`, ``end`` means nothing, and a page begins with its first key,
-    whatever was in its place.
+    whatever was in its place. Where all keys are new the pages behind theirs are emptied.
     """
     i_bg = tl.program_id(0)
     i_b = (i_bg // G).to(tl.int64)
@@ -58,6 +58,7 @@ def fold_keys_kernel(
     p_k = k + i_b * (sk_b * UNIT) + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
     begin = tl.load(start) if POINT else start
     end = tl.load(start + 1) if POINT else end
+    tokens = tl.cast(0, tl.int64)
     for i_k in range(begin, end):
         position = tl.load(positions + i_b * sp_b + i_k)
         if position >= 0:
@@ -65,8 +66,15 @@ def fold_keys_kernel(
             o_out = (i_bg.to(tl.int64) * capacity + position // PAGE) * D + o_d
             b_low, b_high = tl.load(low + o_out, mask=m_d, other=0.0), tl.load(high + o_out, mask=m_d, other=0.0)
             if POINT:
+                tokens = position + 1
                 b_low = tl.where(position % PAGE == 0, float("inf"), b_low)
                 b_high = tl.where(position % PAGE == 0, float("-inf"), b_high)
             b_low, b_high = smaller(b_k, b_low), larger(b_k, b_high)
             tl.store(low + o_out, b_low.to(low.dtype.element_ty), mask=m_d)
             tl.store(high + o_out, b_high.to(high.dtype.element_ty), mask=m_d)
+    if POINT:  # noqa: SIM102 (known when it is compiled)
+        if begin == 0:
+            for i_p in range((tokens + PAGE - 1) // PAGE, tl.cast(capacity, tl.int64)):
+                o_out = (i_bg.to(tl.int64) * capacity + i_p) * D + o_d
+                tl.store(low + o_out, tl.full([BD], float("inf"), low.dtype.element_ty), mask=m_d)
+                tl.store(high + o_out, tl.full([BD], float("-inf"), low.dtype.element_ty), mask=m_d)
