@@ -109,8 +109,9 @@ class StaticState(LayerState):
     ) -> torch.Tensor:
         """As ``LayerState.update``; the side data of other maskers are forgotten."""
         if self.batch != keys.shape[0] or self._span.device != keys.device:
+            read_to = self._read_to
             self.__init__(self.capacity)  # type: ignore[misc]
-            self._span = self._span.to(keys.device)
+            self._span, self._read_to = self._span.to(keys.device), read_to
         if self._positions is None:
             self._positions = SideBuffer(counting(0, keys.device).expand(keys.shape[0], 1, -1), False, self.capacity)
             self._positions.storage.fill_(-1)
@@ -166,6 +167,7 @@ class StaticState(LayerState):
         if self._positions is not None:
             self._positions.storage[:, :, length : self.length] = -1
         if length == 0:
+            self.captured = False
             self._idle |= self._prepared
         super().crop(length)
         self._span.fill_(length)

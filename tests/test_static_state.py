@@ -166,9 +166,31 @@ def test_a_sequence_cut_back_by_hand(method, back):
 @pytest.mark.parametrize("method", ["quest", "pq_cache"])
 def test_prompts_in_chunks(method, prefill):
     """Compiled by Transformers as well; what is not known to be a step leaves the graph."""
-    model, options = sparse({"maskers": stack(method), "prefill": prefill}), {"prefill_chunk_size": 6}
+    model, options = sparse({"maskers": stack(method), "prefill": prefill}), {"prefill_chunk_size": 11}
     found = continued(model, static(model), **settings(fullgraph=False), **options)
     assert torch.equal(found, generate(model, IDS, attention_mask=PADDING, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 9},
+        {"prefill_chunk_size": 10},
+        {"prefill_chunk_size": 25},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+def test_codebooks_are_those_of_a_whole_prompt_however_it_was_read(options):
+    """Densely, in chunks or at once, and whatever comes with the first call that selects."""
+    rows = 64 if "prompt_lookup_num_tokens" in options else 1
+    model = sparse({"maskers": stack("pq_cache"), "prefill": "dense", "decode_max_queries": rows})
+    ids = torch.cat([prompt(13), prompt(13)], dim=1)
+    right = generate(model, ids)
+    assert torch.equal(generate(model, ids, **options), right)
+    if rows == 1:
+        cache = static(model)
+        assert torch.equal(generate(model, ids, past_key_values=cache, disable_compile=True, **options), right)
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])

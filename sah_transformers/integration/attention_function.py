@@ -208,7 +208,8 @@ def attend_planned(
         )
         if isinstance(state, StaticState):
             given = {name: arguments[name] for name in ("scaling", "softcap", "sinks")} | at
-            state.hand_out(kept, plan.number, capturable(plan, state, query, held, value, **given))
+            known = state.captured and state.keeper == plan.number
+            state.hand_out(kept, plan.number, known or capturable(plan, state, query, held, value, **given))
         return made
 
     if not stack:
