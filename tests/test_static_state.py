@@ -176,7 +176,7 @@ def test_prompts_in_chunks(method, prefill):
     [
         {"prefill_chunk_size": 9},
         {"prefill_chunk_size": 10},
-        {"prefill_chunk_size": 25},
+        {"prefill_chunk_size": 24},
         {"prompt_lookup_num_tokens": 3},
     ],
     ids=str,
