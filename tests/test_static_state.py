@@ -77,6 +77,7 @@ def check_side_data(model, cache, padding):
         assert torch.equal(state._positions.view()[:, 0], positions)
 
 
+@pytest.mark.core
 @BOTH
 @every_method
 def test_steps_are_one_graph_and_give_what_a_growing_cache_gives(method, prefill):
@@ -100,6 +101,7 @@ def test_inductor(method):
     assert not counters["inductor"]["possibly_missed_reinplacing_bytes"]
 
 
+@pytest.mark.core
 @BOTH
 @every_method
 def test_a_second_prompt_on_the_same_cache(method, prefill):
