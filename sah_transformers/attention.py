@@ -179,8 +179,14 @@ def make_call(
     min_keys: int = 0,
     layer_state: LayerState | None = None,
     kernel: str = "auto",
+    kept: Sequence[Masker] = (),
+    prompt: int = 0,
 ) -> Call:
     """Check the arguments of ``sparse_attention`` and bring the side data up to date.
+
+    Args (others are ``sparse_attention``'s):
+        kept: maskers whose side data are brought up to date, where not the stack's alone.
+        prompt: as in ``Context``.
 
     Raises:
         ValueError: naming the argument, the rule and the value, before any work.
@@ -209,9 +215,10 @@ def make_call(
         heads=heads,
         head_offset=head_offset,
         kernel=kernel,
+        prompt=prompt,
     )
     side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
-    stateful = [masker for masker in maskers if masker.needs_state]
+    stateful = kept or [masker for masker in maskers if masker.needs_state]
     if stateful:
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total

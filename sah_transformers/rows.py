@@ -23,6 +23,7 @@ class Context:
         positions: int64 ``[B, K]``, the number of each key among the sequence's real tokens, -1 for padding.
         padded: whether some keys may be no real tokens; False: each key's position is its place.
         kernel: what may write side data, as for ``sparse_attention``.
+        prompt: keys before this call that another stack read, or none: what is made once of a sequence is made of them.
         side: side data of this masker, one tensor ``[B, G or H, K, ...]`` per name that ``append`` returned.
     """
 
@@ -34,6 +35,7 @@ class Context:
     positions: torch.Tensor | None = None
     padded: bool = False
     kernel: str = "reference"
+    prompt: int = 0
     side: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -33,14 +33,22 @@ class SideBuffer:
     """One tensor ``[B, heads, length, ...]`` that grows in place along its keys.
 
     The storage has room for a multiple of ``BLOCK`` keys. ``apart``: the same word ``[..., i]`` of neighbouring keys
-    lies side by side.
+    lies side by side. ``capacity``: keys that there is room for from the start.
     """
 
-    def __init__(self, first: torch.Tensor, apart: bool = False):
+    def __init__(self, first: torch.Tensor, apart: bool = False, capacity: int = 0):
         self.apart = apart
         self.length = first.shape[2]
-        self.storage = self._room(first, self.length)
+        self.storage = self._room(first, max(self.length, capacity))
         self.storage[:, :, : self.length] = first
+        self.storage[:, :, self.length :] = 0  # compiled code looks at all of it
+
+    @classmethod
+    def over(cls, storage: torch.Tensor, apart: bool = False) -> SideBuffer:
+        """The full buffer whose storage this is."""
+        buffer = cls.__new__(cls)
+        buffer.apart, buffer.length, buffer.storage = apart, storage.shape[2], storage
+        return buffer
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, length, ...]``."""
@@ -78,14 +86,22 @@ class SideBuffer:
 class PageBuffer:
     """The smallest or largest value of each page of ``size`` consecutive real tokens, ``[B, heads, pages, ...]``.
 
-    A page without real tokens holds the identity: inf for ``"amin"``, -inf for ``"amax"``.
+    A page without real tokens holds the identity: inf for ``"amin"``, -inf for ``"amax"``. ``capacity``: keys whose
+    pages there is room for from the start.
     """
 
-    def __init__(self, first: torch.Tensor, size: int, fold: Fold):
+    def __init__(self, first: torch.Tensor, size: int, fold: Fold, capacity: int = 0):
         self.size, self.fold = size, fold
         self.identity = float("inf") if fold == "amin" else float("-inf")
-        self.storage = first.new_full((*first.shape[:2], 0, *first.shape[3:]), self.identity)
+        self.storage = first.new_full((*first.shape[:2], -(-capacity // size), *first.shape[3:]), self.identity)
         self.pages = 0
+
+    @classmethod
+    def over(cls, storage: torch.Tensor, size: int, fold: Fold) -> PageBuffer:
+        """The full buffer whose storage this is."""
+        buffer = cls(storage[:, :, :0], size, fold)
+        buffer.storage, buffer.pages = storage, storage.shape[2]
+        return buffer
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
@@ -122,12 +138,12 @@ class PageBuffer:
         full = real.sum(-1) // self.size
         stale = torch.arange(self.storage.shape[2], device=real.device) >= full[:, None]
         stale = stale.view(stale.shape[0], 1, stale.shape[1], *[1] * (self.storage.dim() - 3))
-        self.storage = self.storage.masked_fill(stale, self.identity)
+        self.storage = writable(self.storage).masked_fill_(stale, self.identity)
         self.pages = min(self.pages, -(-length // self.size))
 
     def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the stored data by ``operation`` of it."""
-        self.storage = operation(self.view())
+        self.storage = operation(self.storage)
 
 
 @dataclass
@@ -162,6 +178,9 @@ class LayerState:
 
     Every method leaves the state usable when it raises.
     """
+
+    capacity = 0
+    """Keys that new buffers have room for from the start."""
 
     def __init__(self) -> None:
         self._side: dict[MaskerConfig, dict[str, SideBuffer | PageBuffer]] = {}
@@ -225,7 +244,7 @@ class LayerState:
             if before is not None:
                 before.crop(start)
             raise
-        self._prepared.update(made)  # nothing is stored before every masker has succeeded
+        self._keep(made)  # nothing is stored before every masker has succeeded
         for masker, have, data in appended:
             self._store(masker, data, keys, values, have, positions, context)
             self._lengths[masker.config] = total
@@ -295,7 +314,7 @@ class LayerState:
         if data is None:
             for name, (size, fold) in pages.items():
                 if name not in buffers:
-                    buffers[name] = PageBuffer(keys, size, fold)
+                    buffers[name] = PageBuffer(keys, size, fold, self.capacity)
             for buffer in buffers.values():
                 if isinstance(buffer, SideBuffer):
                     buffer.crop(have)
@@ -314,7 +333,7 @@ class LayerState:
         for name, tensor in data.items():
             if name in pages:
                 if name not in buffers:
-                    buffers[name] = PageBuffer(tensor, *pages[name])
+                    buffers[name] = PageBuffer(tensor, *pages[name], self.capacity)
                 buffers[name].append(tensor, positions[:, have:], total)  # type: ignore[call-arg]
             elif name in buffers:
                 buffer = buffers[name]
@@ -322,24 +341,34 @@ class LayerState:
                 buffer.crop(have)
                 buffer.append(tensor)
             else:
-                buffers[name] = SideBuffer(tensor, name in masker.apart)
+                buffers[name] = SideBuffer(tensor, name in masker.apart, self.capacity)
+
+    def _keep(self, made: dict[MaskerConfig, Prepared]) -> None:
+        """Store what was prepared now."""
+        self._prepared.update(made)
 
     def _prepare(self, masker: Masker, keys: torch.Tensor, values: torch.Tensor, context: Context) -> Prepared | None:
-        """What ``masker`` makes once of each sequence: the stored object itself where nothing is new."""
-        known = self._prepared.get(masker.config)
-        if known is not None and not known.complete:
-            known.complete = bool(known.ready.all())
-        if known is not None and known.complete:
-            return known
-        if known is not None:
-            context = replace(context, side={"ready": known.ready})
-        result = masker.prepare(keys, values, context)
-        if result is None:
-            return None
-        data, ready = result
-        if known is None:
-            return Prepared(data, ready)
-        return known.merged(data, ready) if bool((ready & ~known.ready).any()) else known
+        """What ``masker`` makes once of each sequence: the stored object itself where nothing is new.
+
+        It is asked about the prompt, where that was read without it; then, for sequences not ready, about all keys.
+        """
+        known, total = self._prepared.get(masker.config), keys.shape[2]
+        assert context.positions is not None
+        for size in dict.fromkeys((context.prompt or total, total)):
+            if known is not None and not known.complete:
+                known.complete = bool(known.ready.all())
+            if known is not None and known.complete:
+                return known
+            side = {} if known is None else {"ready": known.ready}
+            part = replace(context, positions=context.positions[:, :size], side=side)
+            result = masker.prepare(keys[:, :, :size], values[:, :, :size], part)
+            if result is None:
+                return None
+            if known is None:
+                known = Prepared(*result)
+            elif bool((result[1] & ~known.ready).any()):
+                known = known.merged(*result)
+        return known
 
     def crop(self, length: int) -> None:
         """Forget the keys behind the first ``length``; without any left, what was prepared as well."""

@@ -111,6 +111,8 @@ class Visibility:
         """
         if self.mask is None:
             return self.valid
+        if self.mask.dtype == torch.bool and self.mask.shape[1:3] == (1, 1):
+            return self.mask[:, 0, 0].to(self.device).expand(self.batch, -1)
         seen = torch.zeros(self.batch, self.keys, dtype=torch.bool, device=self.device)
         step = max(1, 2**24 // max(1, self.keys * self.batch))
         for start in range(0, self.queries, step):

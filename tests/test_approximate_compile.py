@@ -77,7 +77,7 @@ def launches(
     original, module.Direct, module.no_kernels = (module.Direct, module.no_kernels), Recorder, lambda tensor: ""
     try:
         new = tensor(B, G, 1, D, dtype=dtype)
-        module.append(side, new, new, tensor(1, dtype=torch.int64) if masked else 5, given)
+        module.append(side, new, new, tensor(2, dtype=torch.int64) if masked else (5, 6), given)
     finally:
         module.Direct, module.no_kernels = original
     return recorded

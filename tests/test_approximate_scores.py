@@ -314,23 +314,24 @@ APPENDED = {
 
 
 @kernel_test
-@pytest.mark.parametrize(("dtype", "device_start"), [(DTYPES[0], True), *((dtype, False) for dtype in DTYPES[1:])])
+@pytest.mark.parametrize(("dtype", "on_device"), [(DTYPES[0], True), *((dtype, False) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, several in APPENDED.items() for o in several])
-def test_append(name, options, dtype, device_start):
-    """Bit for bit the masker's, and nothing else is touched."""
+def test_append(name, options, dtype, on_device):
+    """Bit for bit the masker's, and nothing else is touched, where the host knows the keys' places and where not."""
     config = {**CONFIGS[name], **options}
-    case = Case(config, B=2, K=90, D=80 if name != "pq_cache" else 64, dtype=dtype, apart=device_start)
+    case = Case(config, B=2, K=90, D=80 if name != "pq_cache" else 64, dtype=dtype, apart=on_device)
     for start, n in [(37, 1), (80, 3), (10, 40)]:
-        k, v = (normal(2, 2, n, t.shape[3], seed=seed + n, dtype=dtype) for seed, t in ((3, case.k), (4, case.v)))
-        k[0, 0, 0] = 0
+        k, v = (normal(2, 2, 90, t.shape[3], seed=seed + n, dtype=dtype) for seed, t in ((3, case.k), (4, case.v)))
+        k[0, 0, start] = 0
         if n > 1:
-            k[1, 0, 0] *= 1e4 if dtype != torch.float16 else 100
-        new = case.masker.append(k, v, replace(case.ctx, heads=4))
+            k[1, 0, start] *= 1e4 if dtype != torch.float16 else 100
+        part = slice(start, start + n)
+        new = case.masker.append(k[:, :, part], v[:, :, part], replace(case.ctx, heads=4))
         want = {name: buffer.clone() for name, buffer in case.buffers.items()}
         for key, tensor in new.items():
-            want[key][:, :, start : start + n] = tensor
-        at = torch.tensor([start], device=DEVICE) if device_start else start
-        case.module.append(case.buffers, k, v, at, case.given())
+            want[key][:, :, part] = tensor
+        span = torch.tensor([start, start + n], device=DEVICE) if on_device else (start, start + n)
+        case.module.append(case.buffers, k, v, span, case.given())
         for key in want:
             assert torch.equal(case.buffers[key], want[key]), key
 

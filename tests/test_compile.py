@@ -161,8 +161,8 @@ def test_longer_and_longer_caches(capturing, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [4, 70])
-def test_side_data_and_unknown_prompts_leave_the_graph(chunk):
-    """Quest's pages are appended by the host; whether a chunk of a few rows is a prompt, the host has to look up."""
+def test_first_prompts_with_side_data_and_unknown_ones_leave_the_graph(chunk):
+    """Quest's pages have no place before; whether a chunk of a few rows is a prompt, the host has to look up."""
     ids = prompt(80)
     for stack in ({"maskers": QUEST}, {"maskers": STACK, "prefill": "dense"}):
         model = sparse(stack)

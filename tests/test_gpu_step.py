@@ -1,13 +1,25 @@
 """On CUDA devices: the cache that appends in place, CUDA graphs over a static cache, models spread over two devices."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
+from method_files import DEFAULTS, fit
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sah_transformers
 from sah_transformers import AppendingCache
+from sah_transformers.attention import make_call, run
 from sah_transformers.integration.attention_function import sah_attention
+from sah_transformers.integration.operator import attention_with_state_operator
+from sah_transformers.integration.plan import plan_of
+from sah_transformers.kernels import append, approximate
+from sah_transformers.kernels.approximate import methods
+from sah_transformers.rows import Context
+from sah_transformers.state import LayerState
+from sah_transformers.static_state import StaticState
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -65,11 +77,120 @@ def test_cuda_graphs_change_no_token(stack, padded):
         assert torch.equal(tokens(model, inputs, cache_implementation="static"), right)
 
 
-def test_side_data_leave_the_graph_and_stay_right():
+@pytest.mark.parametrize("gqa", ["head", "group"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefill", ["same", "dense"])
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_side_data_in_cuda_graphs_change_no_token(method, prefill, padded, gqa):
+    """Captured once, replayed for a second prompt over another cache; side data are those of the cache's keys."""
+    torch.compiler.reset()
+    counters.clear()
+    masker = fit({**DEFAULTS[method], "heavy_size": 0.1, "gqa": gqa}, 4, 2, 64)
+    masker |= {"pq_bits": 4} if method == "pq_cache" else {}
+    config = {"maskers": [*WINDOWS, masker], "prefill": prefill, "kernel": "triton"}
+    model = sah_transformers.enable(model_of(), config if prefill == "dense" else {**config, "kernel": "auto"})
+    inputs = prompts(padded)
+    right = tokens(model, inputs)
+    if prefill == "same":  # no kernel reads a prompt by side data
+        with unproven_no_more():
+            assert torch.equal(tokens(model, inputs, cache_implementation="static"), right)
+        return
+    cache = StaticCache(config=model.config, max_cache_len=400)
+    assert torch.equal(tokens(model, inputs, past_key_values=cache), right)
+    assert not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]
+    for module, layer in zip(model.model.layers, cache.layers, strict=True):
+        filled = int(layer.cumulative_length)
+        keys, values, fresh = layer.keys[:, :, :filled], layer.values[:, :, :filled], LayerState()
+        fresh._prepared = dict(layer.sah_state._prepared)
+        layer.sah_state._read()
+        real = torch.nn.functional.pad(inputs["attention_mask"], (0, filled - 300), value=1) > 0
+        (keeper,) = plan_of(module.self_attn).keepers
+        context = Context(layer_idx=module.self_attn.layer_idx, heads=4)
+        fresh.update([keeper], keys, values, 4, filled, real, context)
+        held = layer.sah_state.side(keeper)
+        assert all(torch.equal(held[name], tensor) for name, tensor in fresh.side(keeper).items())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        cache.reset()
+        assert torch.equal(tokens(model, inputs, past_key_values=cache), right)
+        assert torch.equal(tokens(model, inputs, cache_implementation="static", max_cache_len=400), right)
+
+
+@contextlib.contextmanager
+def unproven_no_more():
+    before = methods.UNPROVEN, append.UNPROVEN, append.UNPROVEN_IN_GRAPHS, approximate.UNPROVEN
+    methods.UNPROVEN = append.UNPROVEN = append.UNPROVEN_IN_GRAPHS = approximate.UNPROVEN = frozenset()
+    try:
+        yield
+    finally:
+        methods.UNPROVEN, append.UNPROVEN, append.UNPROVEN_IN_GRAPHS, approximate.UNPROVEN = before
+
+
+def test_side_data_that_are_unproven_leave_the_graph_and_stay_right():
     torch.compiler.reset()
     model = sah_transformers.enable(model_of(), QUEST)
     inputs = prompts(True)
     assert torch.equal(tokens(model, inputs, cache_implementation="static"), tokens(model, inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_a_captured_step_with_side_data_never_waits(method):
+    """A decode step of the operator itself, followed by its replays at other lengths: as an eager step gives them."""
+    masker = fit({**DEFAULTS[method], "heavy_size": 0.1}, 4, 2, 64)
+    masker |= {"pq_bits": 4} if method == "pq_cache" else {}
+    config = {"maskers": [*WINDOWS, masker], "prefill": "dense", "kernel": "triton"}
+    model = sah_transformers.enable(model_of(torch.bfloat16), config)
+    module, length = model.model.layers[0].self_attn, torch.zeros((), dtype=torch.int64, device="cuda")
+    keys, values = (torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(2, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+    plan = plan_of(module)
+    (keeper,) = plan.keepers
+
+    def prompt(state, filled, stack):
+        mask = torch.ones(2, filled, dtype=torch.bool, device="cuda")
+        return make_call(
+            query, keys[:, :, :filled], values[:, :, :filled], stack, mask, is_causal=False, scaling=0.125,
+            layer_state=state, kernel="triton", kept=plan.keepers,
+        )  # fmt: skip
+
+    state = StaticState(512)
+    prompt(state, 300, [])
+    state.hand_out(plan.keepers, plan.number, True)
+    mask = torch.zeros(2, 1, 1, 512, dtype=torch.bool, device="cuda")
+
+    def step():
+        given = (None, None, None, False, 0.125, None, plan.number, 0, 0, length, state.names, state.tensors)
+        return attention_with_state_operator(query, keys, values, mask, *given)
+
+    def fill(filled):
+        length.fill_(filled)
+        mask.copy_((torch.arange(512, device="cuda") < filled).expand_as(mask))
+
+    for filled in (301, 302):
+        fill(filled)
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for filled in (303, 304, 320, 310, 400):
+        fill(filled)
+        graph.replay()
+        fresh = LayerState()
+        fresh._prepared = dict(state._prepared)
+        truth = run(replace(prompt(fresh, filled, plan.maskers), kernel="reference"))[0]
+        close = (out - truth).abs().amax(-1) <= 2e-2 * truth.abs().max()
+        assert close.sum() >= close.numel() - 1, filled  # a score closer than its rounding
+        state._read()
+        assert state.length == filled
+        for name, tensor in fresh.side(keeper).items():
+            assert torch.equal(state.side(keeper)[name], tensor), (name, filled)
 
 
 @torch.no_grad()

@@ -143,6 +143,10 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
         pipeline.attend_rows(inputs, selection, side, given, positions)
         if isinstance(selection, Pages):
             append.fold(side["low"], side["high"], keys, K - 1, positions if masked else None, selection.size)
+        if isinstance(selection, Pages) and masked:
+            span, length = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
+            append.fold(side["low"], side["high"], keys, span, positions, selection.size)
+            append.follow(length, span, positions, mask[:, 0].expand(B, -1), 1)
     finally:
         pipeline.Launcher, append.Direct = launcher, launch_once
     return recorded

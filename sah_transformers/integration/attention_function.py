@@ -10,10 +10,19 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
-from sah_transformers.integration.cache_state import cache_layer, is_static, state_of, undo
-from sah_transformers.integration.operator import TENSORS, attention_operator, takes
+from sah_transformers.integration.cache_state import cache_layer, handed_out, is_static, state_of, undo
+from sah_transformers.integration.operator import (
+    TENSORS,
+    attention_operator,
+    attention_with_state_operator,
+    capturable,
+    takes,
+)
 from sah_transformers.integration.plan import LayerPlan, plan_of
 from sah_transformers.kernels.dense_attention import dense_attention
+from sah_transformers.maskers import Masker
+from sah_transformers.state import LayerState
+from sah_transformers.static_state import StaticState
 
 logger = logging.get_logger(__name__)
 
@@ -116,17 +125,18 @@ def sah_attention(
     if compiling and recorder is None and not output_attentions:
         if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
             return attend_dense(query, key, value, arguments, False)
-        if takes(plan, query, key, value, arguments):
+        layer = cache_layer(sah_cache, module.layer_idx, held) if plan.keepers else None
+        state = handed_out(layer, plan.number)
+        if takes(plan, query, key, value, arguments, state):
             tensors = [arguments[name] for name in TENSORS]
             numbers = (arguments["is_causal"], arguments["scaling"], softcap, plan.number)
             at = (module.layer_idx, first_head(module, plan, query.shape[1]))
-            return attention_operator(query, key, value, *tensors, *numbers, *at), None
-    attend = attend_uncompiled if compiling else attend_planned
-    try:
-        return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
-    except Exception:
-        undo(sah_cache, module.layer_idx, query.shape[2])
-        raise
+            if layer is None or state is None:
+                return attention_operator(query, key, value, *tensors, *numbers, *at), None
+            side = (layer.cumulative_length, state.names, state.tensors)
+            return attention_with_state_operator(query, key, value, *tensors, *numbers, *at, *side), None
+    attend = attend_uncompiled if compiling else attend_or_undo
+    return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
 
 
 def _prompt(mask: torch.Tensor | None, key: torch.Tensor) -> int | None:
@@ -163,7 +173,7 @@ def attend_planned(
     layer = cache_layer(cache, getattr(module, "layer_idx", None), held)
     static = layer is not None and is_static(layer) and key is held
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
-    if layer is not None and static and (plan.stateful or prompt or key.device.type == "cpu"):
+    if layer is not None and static and (plan.keepers or prompt or key.device.type == "cpu"):
         filled = int(layer.cumulative_length)
         key, value = key[:, :, :filled], value[:, :, :filled]
         if arguments["attention_mask"] is not None:
@@ -171,8 +181,41 @@ def attend_planned(
         static = False
     empty_before = not static and key.shape[2] == rows
     stack = plan.stack_of(empty_before, rows, key.shape[2])
+    state: LayerState | None = None
+    kept: tuple[Masker, ...] = ()
+    if plan.keepers and layer is not None and not getattr(layer, "is_sliding", False):
+        kept = plan.keepers if is_static(layer) else ()
+        state = state_of(layer) if kept or any(masker.needs_state for masker in stack) else None
+        if isinstance(state, StaticState):
+            unasked = [masker for masker in kept if masker.config not in {one.config for one in stack}]
+            state.read_on(key.shape[2] - rows, key.shape[2], unasked)
+
+    at = {"layer_idx": module.layer_idx, "head_offset": first_head(module, plan, query.shape[1])}
+
+    def call() -> Call:
+        made = make_call(
+            query,
+            key,
+            value,
+            stack,
+            min_keys=plan.min_keys,
+            layer_state=state,
+            kernel=plan.kernel,
+            kept=kept,
+            prompt=key.shape[2] - rows if plan.prefill != "same" and stack is plan.maskers else 0,
+            **at,
+            **arguments,
+        )
+        if isinstance(state, StaticState):
+            given = {name: arguments[name] for name in ("scaling", "softcap", "sinks")} | at
+            known = state.captured and state.keeper == plan.number
+            state.hand_out(kept, plan.number, known or capturable(plan, state, query, held, value, **given))
+        return made
+
     if not stack:
         check_shapes(query, key, value)
+        if isinstance(state, StaticState):
+            call()
         if recorder is None:
             return attend_dense(query, key, value, arguments, weights)
 
@@ -180,23 +223,6 @@ def attend_planned(
             return attend_dense(query, key, value, arguments, weights)
 
         return recorder.dense(module.layer_idx, rows, key.shape[2], attend)
-    state = None
-    if plan.stateful and layer is not None and not getattr(layer, "is_sliding", False):
-        state = state_of(layer) if any(masker.needs_state for masker in stack) else None
-
-    def call() -> Call:
-        return make_call(
-            query,
-            key,
-            value,
-            stack,
-            layer_idx=module.layer_idx,
-            head_offset=first_head(module, plan, query.shape[1]),
-            min_keys=plan.min_keys,
-            layer_state=state,
-            kernel=plan.kernel,
-            **arguments,
-        )
 
     if rows > 1 and key.shape[2] > LONG_PREFILL:
         announce(call())
@@ -206,8 +232,20 @@ def attend_planned(
     return run(call(), return_weights=weights)
 
 
-attend_uncompiled = torch.compiler.disable(attend_planned, recursive=True)
-"""Where compiled code meets what the operator does not cover, the graph breaks."""
+def attend_or_undo(
+    module: Any, plan: LayerPlan, query: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``attend_planned``; a failure takes the call's keys out of the cache (the argument before the last two)."""
+    try:
+        return attend_planned(module, plan, query, *rest)
+    except Exception:
+        undo(rest[-3], module.layer_idx, query.shape[2])
+        raise
+
+
+attend_uncompiled = torch.compiler.disable(attend_or_undo, recursive=True)
+"""Where compiled code meets what the operator does not cover, the graph breaks; not inside a ``try``, where it would be
+traced all the same."""
 
 
 def first_head(module: Any, plan: LayerPlan, heads: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sah_transformers.state import LayerState
+from sah_transformers.static_state import StaticState
 
 
 def _follow(method: str, base: type, then: Any) -> Any:
@@ -80,9 +81,15 @@ def _restore(base: Any) -> Any:
 def state_of(layer: Any) -> LayerState:
     """The side data that a cache layer carries, made on first use."""
     if "sah_state" not in layer.__dict__:
-        layer.sah_state = LayerState()
+        layer.sah_state = StaticState(layer.max_cache_len) if is_static(layer) else LayerState()
         layer.__class__ = carrying(layer.__class__)
     return layer.sah_state
+
+
+def handed_out(layer: Any, plan: int) -> StaticState | None:
+    """The side data that a cache layer has ready for compiled code of a plan, or None."""
+    state = getattr(layer, "sah_state", None)
+    return state if isinstance(state, StaticState) and state.keeper == plan else None
 
 
 def cache_layer(cache: Any, layer_idx: int | None, keys: torch.Tensor) -> Any | None:

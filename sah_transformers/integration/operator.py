@@ -8,6 +8,7 @@ the keys, with the cache's length as a tensor; they are still appended by the ho
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,21 +16,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sah_transformers.attention import Call, make_call, run
 from sah_transformers.integration.plan import LayerPlan, plan_number
-from sah_transformers.kernels import decode
+from sah_transformers.kernels import approximate, decode
+from sah_transformers.kernels.append import from_device
+from sah_transformers.static_state import CapturedState, StaticState
 
 TENSORS = ("attention_mask", "sinks", "position_bias", "indices")
 
 CAPTURING = ("cuda",)
 """Types of devices on which compiled code is captured in graphs that the host is no part of."""
 
-SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sinks, Tensor? position_bias, "
-    "Tensor? indices, bool is_causal, float scaling, float? softcap, int plan, int layer_idx, int head_offset)"
-    " -> Tensor"
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sinks, Tensor? position_bias, "
+    "Tensor? indices, bool is_causal, float scaling, float? softcap, int plan, int layer_idx, int head_offset"
 )
 
 
 def _call(
+    state: StaticState | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -46,11 +49,12 @@ def _call(
 ) -> Call:
     """The call of ``sparse_attention`` that the operator's arguments stand for."""
     settled = plan_number(plan)
+    stack = settled.stack_of(key.shape[2] == query.shape[2], query.shape[2], key.shape[2])
     return make_call(
         query,
         key,
         value,
-        settled.stack_of(key.shape[2] == query.shape[2], query.shape[2], key.shape[2]),
+        stack,
         attention_mask=attention_mask,
         is_causal=is_causal,
         scaling=scaling,
@@ -62,24 +66,57 @@ def _call(
         head_offset=head_offset,
         min_keys=settled.min_keys,
         kernel=settled.kernel,
+        layer_state=state,
+        kept=() if state is None else settled.keepers,
+        prompt=key.shape[2] - query.shape[2] if settled.prefill != "same" and stack is settled.maskers else 0,
     )
 
 
-@torch.library.custom_op("sah::attention", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op("sah::attention", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
 def attention_operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Attention ``[B, Q, H, Dv]`` of a layer by its plan; the arguments are ``SCHEMA``'s."""
+    """Attention ``[B, Q, H, Dv]`` of a layer by its plan; the arguments are ``ARGUMENTS``."""
     mask = rest[0]
     if mask is not None and mask.dtype == torch.bool and key.device.type == "cpu":
-        end = _end(mask)
-        bias = None if rest[2] is None else rest[2][..., :end]
-        key, value, rest = key[:, :, :end], value[:, :, :end], (mask[..., :end], rest[1], bias, *rest[3:])
-    call = _call(query, key, value, *rest)
-    return run(call)[0].contiguous()
+        key, value, rest = _until(_end(mask), key, value, *rest)
+    return run(_call(None, query, key, value, *rest))[0].contiguous()
 
 
+@torch.library.custom_op(
+    "sah::attention_with_state",
+    mutates_args=("state",),
+    schema=f"({ARGUMENTS}, Tensor length, str names, Tensor(a!)[] state) -> Tensor",
+)
+def attention_with_state_operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    """As ``attention_operator``, for stacks with side data, which it appends to.
+
+    ``key`` is the buffer of a static cache, ``length`` how much of it is filled; ``state`` and ``names`` are a
+    ``StaticState``'s.
+    """
+    given, (length, names, tensors) = rest[:-3], rest[-3:]
+    keepers = plan_number(given[7]).keepers
+    state: StaticState
+    if key.device.type in CAPTURING:
+        state = CapturedState.over(keepers, names, tensors, length)
+    else:
+        state = StaticState.of(keepers, names, tensors)
+        key, value, given = _until(int(length), key, value, *given)
+    return run(_call(state, query, key, value, *given))[0].contiguous()
+
+
+@attention_with_state_operator.register_fake
 @attention_operator.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _until(
+    end: int, key: torch.Tensor, value: torch.Tensor, mask: Any, sinks: Any, bias: Any, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+    """The operators' arguments (keys, values, and the rest) over the first ``end`` keys."""
+    mask, bias = (None if tensor is None else tensor[..., :end] for tensor in (mask, bias))
+    return key[:, :, :end], value[:, :, :end], (mask, sinks, bias, *rest)
 
 
 def _end(mask: torch.Tensor) -> int:
@@ -88,14 +125,19 @@ def _end(mask: torch.Tensor) -> int:
     return int(seen[-1]) + 1 if seen.numel() else 0
 
 
-def takes(plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Any) -> bool:
+def takes(
+    plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Any, state: Any
+) -> bool:
     """Whether the operator can stand for a call; asked while it is traced.
 
-    Not for calls with side data, gradients or dropout, not where the choice of the stack needs the number of keys
-    before the call, and on a GPU, where it may be captured in a CUDA graph, not unless the decode kernels take it.
+    Not for gradients or dropout, not before the side data (of ``state``) have been handed out, not where the choice of
+    the stack needs the number of keys before the call, and on a GPU, where it may be captured in a CUDA graph, not
+    unless the kernels take it.
     """
     rows = query.shape[2]
-    if plan.stateful or arguments["dropout"] or (plan.prefill != "same" and 1 < rows <= plan.decode_max_queries):
+    if arguments["dropout"] or (plan.prefill != "same" and 1 < rows <= plan.decode_max_queries):
+        return False
+    if plan.keepers and state is None:
         return False
     given = [query, key, value, *(arguments[name] for name in TENSORS)]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
@@ -111,10 +153,46 @@ def takes(plan: LayerPlan, query: torch.Tensor, key: torch.Tensor, value: torch.
         return False
     if mask is None and keys - rows + 1 < plan.min_keys:
         return False
+    if plan.keepers:
+        plain = mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1 and keys >= plan.min_keys
+        return state.captured and rows == 1 and plain and (sinks is None or sinks.dim() == 1)
     kind = (heads, key.shape[1], dim, value.shape[3], query.dtype, key.dtype, value.dtype, str(query.device))
     seen = None if mask is None else (mask.dtype, mask.shape[1] == 1)
     sunk = None if sinks is None else (sinks.dtype, sinks.dim())
     return _captured(plan.number, kind, rows > 1, seen, sunk, arguments["is_causal"], arguments["softcap"])
+
+
+def capturable(
+    plan: LayerPlan, state: StaticState, query: torch.Tensor, keys: torch.Tensor, value: torch.Tensor, **given: Any
+) -> bool:
+    """Whether the kernels take calls of one row over a static cache, and the appends to its side data.
+
+    Args:
+        query: ``[B, H, Q, D]``; keys: ``[B, G, K, D]``, the whole buffer; value: ``[B, G, n, Dv]``, part of it.
+        given: ``layer_idx``, ``scaling``, ``softcap``, ``sinks``, ``head_offset`` of the layer.
+    """
+    if query.device.type not in CAPTURING or plan.kernel == "reference" or not state.complete():
+        return False
+    values = value[:, :, :1].expand(-1, -1, keys.shape[2], -1)
+    mask = torch.ones(1, dtype=torch.bool, device=keys.device).expand(1, 1, 1, keys.shape[2])
+    bands = [masker for masker in plan.maskers if not masker.needs_state]
+    call = make_call(
+        query[:, :, -1:],
+        keys,
+        values,
+        bands,
+        mask,
+        is_causal=False,
+        min_keys=plan.min_keys,
+        kernel=plan.kernel,
+        **given,
+    )
+    side = {masker: state.side(masker) for masker in plan.keepers}
+    call = replace(call, maskers=plan.maskers, side=[side.get(masker, {}) for masker in plan.maskers])
+    if (approximate if approximate.by_side_data(call) else decode).why_not(call):
+        return False
+    contexts = {masker: replace(call.context, side=tensors) for masker, tensors in side.items()}
+    return all(from_device(masker, keys, values, side[masker], contexts[masker]) for masker in side)
 
 
 @torch.compiler.assume_constant_result
@@ -132,5 +210,5 @@ def _captured(
         if sinks is not None:
             sinks = torch.empty([heads] if sinks[1] == 1 else [1, heads, 1, 1], dtype=sinks[0])
         arguments: Any = (*tensors, mask, sinks, None, None, is_causal, dim**-0.5, softcap, plan, 0, 0)
-        call = _call(*arguments)
+        call = _call(None, *arguments)
         return call.kernel != "reference" and not decode.why_not(call)

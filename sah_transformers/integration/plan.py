@@ -23,7 +23,7 @@ class LayerPlan:
         prefill: ``"same"``, ``"dense"`` or the stack for calls that read a prompt.
         dense: why the layer stays dense; empty for a sparse layer.
         number: stands for this object, and no other of this process, in compiled code.
-        stateful: whether a masker of the layer keeps side data.
+        keepers: the layer's maskers that keep side data, those for prompts included.
         first_heads: the global number of the first of so many local query heads, found once.
     """
 
@@ -35,12 +35,13 @@ class LayerPlan:
     min_keys: int = 0
     dense: str = ""
     number: int = field(init=False, compare=False)
-    stateful: bool = field(init=False, compare=False)
+    keepers: tuple[Masker, ...] = field(init=False, compare=False)
     first_heads: dict[int, int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         prompt = () if isinstance(self.prefill, str) else self.prefill
-        self.__setstate__({"stateful": any(masker.needs_state for masker in (*self.maskers, *prompt))})
+        keepers = {masker.config: masker for masker in (*self.maskers, *prompt) if masker.needs_state}
+        self.__setstate__({"keepers": tuple(keepers.values())})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, and what comes out of a file, gets a number of its own, and may be on another rank."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, method_of
+from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, UNPROVEN_IN_GRAPHS, method_of
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -59,6 +59,17 @@ def in_place(
     return not method_of(selection.estimate).why_not(given, keys.shape[3])
 
 
+def from_device(
+    masker: Masker, keys: torch.Tensor, values: torch.Tensor, buffers: dict[str, Any], context: Context
+) -> bool:
+    """Whether ``append_from_device`` writes ``masker``'s side data of a key of ``keys [B, G, K, D]``."""
+    selection = masker.describe()
+    kind = "pages" if isinstance(selection, Pages) else getattr(selection, "estimate", "")
+    if context.kernel == "auto" and kind in UNPROVEN_IN_GRAPHS:
+        return False
+    return in_place(masker, keys, values, keys.shape[2] - 1, buffers, True, context)
+
+
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels run where ``tensor`` is; in the interpreter, whose bfloat16 is wrong, only some."""
     return not no_kernels(tensor) and (tensor.is_cuda or tensor.dtype != torch.bfloat16)
@@ -86,7 +97,7 @@ def append_in_place(
                 fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
             elif isinstance(selection, Estimated):
                 given = masker.given(context, keys.shape[3], keys.device)
-                method_of(selection.estimate).append(buffers, keys[:, :, have:], values[:, :, have:], have, given)
+                method_of(selection.estimate).append(buffers, keys, values, (have, keys.shape[2]), given)
     except Exception as error:
         if context.kernel != "auto" or not cannot_be_built(error):
             raise
@@ -96,10 +107,52 @@ def append_in_place(
     return True
 
 
-def fold(
-    low: torch.Tensor, high: torch.Tensor, keys: torch.Tensor, have: int, positions: torch.Tensor | None, page: int
+@torch.no_grad()
+def append_from_device(
+    masker: Masker,
+    buffers: dict[str, torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    span: torch.Tensor,
+    positions: torch.Tensor,
+    context: Context,
 ) -> None:
-    """Fold the keys from ``have`` on into the bounds of their pages, ``[B, G, pages, D]``."""
+    """As ``append_in_place`` where the host does not know which keys are new: those of ``span``, int64 ``[2]``."""
+    selection = masker.describe()
+    with on_device(keys):
+        if isinstance(selection, Pages):
+            fold(buffers["low"], buffers["high"], keys, span, positions, selection.size)
+        elif isinstance(selection, Estimated):
+            given = masker.given(context, keys.shape[3], keys.device)
+            method_of(selection.estimate).append(buffers, keys, values, span, given)
+
+
+def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:
+    """Take up the keys of a cache that is filled up to ``length``, of which the last ``new`` came with this call.
+
+    Args:
+        length: int64, one element; span: of `StaticState`; positions: int64 ``[B, capacity]``.
+        real: bool ``[B, K]``, which keys are real tokens.
+    """
+    from sah_transformers.kernels.approximate.follow import follow_kernel
+
+    batch = real.shape[0]
+    with on_device(positions):
+        Direct()(
+            follow_kernel, (1, 1, 1), length, span, positions, real, new, batch, positions.stride(0), *real.stride(),
+            BB=power_of_2(batch), warps=1,
+        )  # fmt: skip
+
+
+def fold(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    keys: torch.Tensor,
+    have: int | torch.Tensor,
+    positions: torch.Tensor | None,
+    page: int,
+) -> None:
+    """Fold the keys from ``have`` on, or of a span on the device, into their pages' bounds, ``[B, G, pages, D]``."""
     from sah_transformers.kernels.approximate.fold import fold_keys_kernel, fold_pages_kernel
 
     launch = Direct()
@@ -109,6 +162,7 @@ def fold(
     common: dict[str, Any] = {"G": groups, "D": dim, "BD": power_of_2(dim), "UNIT": unit, "PAGE": page}
     warps = max(1, min(4, power_of_2(page) * power_of_2(dim) // 2048))
     if positions is None:
+        assert isinstance(have, int)
         pages = -(-total // page) - have // page
         launch(
             fold_pages_kernel, (pages, batch * groups, 1), keys, low, high, have, total, low.shape[2], *steps,
@@ -117,5 +171,5 @@ def fold(
         return
     launch(
         fold_keys_kernel, (batch * groups, 1, 1), keys, low, high, positions, have, total, low.shape[2], *steps,
-        positions.stride(0), **common,
+        positions.stride(0), **common, POINT=isinstance(have, torch.Tensor),
     )  # fmt: skip

@@ -78,8 +78,9 @@ class PQCache(TopKMasker):
     The score of a key is ``scaling`` times the sum over sub-vectors of q·centroid. While a sequence has fewer than
     four keys per centroid its keys have no codes and score ``scaling * q·k``.
 
-    With ``prefill: "dense"`` the fit is at the first sparse call, however the prompt was chunked; with ``"same"`` it
-    is at the first chunk that has enough keys, and sees the whole chunk.
+    With ``prefill: "dense"`` the fit is of the prompt that the first sparse call finds in the cache, if it has enough
+    keys, however it was chunked and whatever comes with that call; with ``"same"`` it is at the first chunk that has
+    enough keys, and sees the whole chunk.
 
     Side data: ``codes``, uint8 ``[B, G, K, M]`` for M sub-vectors. Prepared: ``centroids``, float32
     ``[B, G, M, C, S]`` (S the sub-vector's dimensions, one more for ``"ip"``), whole multiples of ``step``, float32

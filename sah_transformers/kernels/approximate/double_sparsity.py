@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
-from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
+from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -78,25 +78,27 @@ def score(
 
 
 def append(
-    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, given: Given
+    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:
-    """Labels of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers``, bit for bit the masker's."""
-    batch, groups, n, _ = keys.shape
+    """Labels of ``keys [B, G, K, D]`` in ``span`` into ``buffers``, bit for bit the masker's."""
+    batch, groups = keys.shape[:2]
     heads, width = given.channels.shape
-    if n > FEW or no_kernels(keys):
+    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
+        keys, n = keys[:, :, slice(*span)], span[1] - span[0]
         index = given.channels.unflatten(0, (groups, -1))[None, :, :, None].expand(batch, -1, -1, n, -1)
         label = keys[:, :, None].expand(-1, -1, heads // groups, -1, -1).gather(-1, index).flatten(1, 2)
         codes, low, step = quantise(label, given.bits)
         for name, new in (("code", pack(codes, given.bits)), ("low", low), ("step", step)):
-            place(buffers[name], new, start)
+            buffers[name][:, :, slice(*span)] = new
         return
     code, low, step = buffers["code"], buffers["low"], buffers["step"]
     launch = Direct()
+    start, n = programs_of(launch, span)
     launch(
         label_kernel, (heads, batch * n, 1),
-        keys, given.channels, code, low, step, start_of(launch, start),
+        keys, given.channels, code, low, step, start,
         n, given.channels.stride(0), *keys.stride()[:3], *code.stride(), *low.stride(), *step.stride(),
-        H=heads, G=groups, WIDTH=width, BITS=given.bits, POINT=isinstance(start, torch.Tensor),
+        H=heads, G=groups, WIDTH=width, BITS=given.bits, POINT=isinstance(span, torch.Tensor),
         BYTES=code.shape[3], BY=power_of_2(code.shape[3]), warps=1,
     )  # fmt: skip
 
@@ -109,49 +111,51 @@ def whole(b_x):
 
 @triton.jit(
     do_not_specialize=[
-        "start", "n", "so_h", "sk_b", "sk_g", "sk_n", "sc_b", "sc_h", "sc_n", "sc_w", "sl_b", "sl_h", "sl_n",
+        "span", "n", "so_h", "sk_b", "sk_g", "sk_n", "sc_b", "sc_h", "sc_n", "sc_w", "sl_b", "sl_h", "sl_n",
         "st_b", "st_h", "st_n",
     ]
 )  # fmt: skip
 def label_kernel(
-    keys, channels, code, low, step, start, n, so_h, sk_b, sk_g, sk_n, sc_b, sc_h, sc_n, sc_w, sl_b, sl_h, sl_n,
+    keys, channels, code, low, step, span, n, so_h, sk_b, sk_g, sk_n, sc_b, sc_h, sc_n, sc_w, sl_b, sl_h, sl_n,
     st_b, st_h, st_n,
     H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr,
     BYTES: tl.constexpr, BY: tl.constexpr,
 ):  # fmt: skip
-    """Label of one key for one query head."""
+    """Labels for one query head, each of ``n`` programs every ``n``-th key of the span."""
     i_h, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     EACH: tl.constexpr = 8 // BITS
     LEVELS: tl.constexpr = 2**BITS - 1
-    p_key = keys + i_b * sk_b + (i_h // (H // G)).to(tl.int64) * sk_g + i_n.to(tl.int64) * sk_n
     o_y = tl.arange(0, BY)
-    smallest, largest = float("inf"), float("-inf")
-    for i in tl.static_range(EACH):
-        o_c = o_y * EACH + i
-        m_c = o_c < WIDTH
-        b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
-        smallest = tl.minimum(smallest, tl.min(tl.where(m_c, b_v, float("inf"))))
-        largest = tl.maximum(largest, tl.max(tl.where(m_c, b_v, float("-inf"))))
-    least = tl.minimum(tl.maximum(smallest, -65504.0), 65504.0).to(tl.float16)
-    base = least.to(tl.float32)
-    each = tl.div_rn(largest - base, smallest * 0 + LEVELS)
-    each = tl.minimum(tl.maximum(each, 0.0), 65504.0).to(tl.float16)
-    width = each.to(tl.float32)
-    b_byte = tl.zeros([BY], tl.int32)
-    for i in tl.static_range(EACH):
-        o_c = o_y * EACH + i
-        m_c = o_c < WIDTH
-        b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
-        b_x = tl.div_rn(b_v - base, tl.where(width == 0, 1.0, width) + tl.zeros_like(b_v))
-        b_x = tl.where(width == 0, 0.0, tl.minimum(tl.maximum(b_x, 0.0), LEVELS))
-        b_byte += tl.where(m_c, whole(b_x).to(tl.int32), 0) << (i * BITS)
-    begin = tl.load(start) if POINT else start
-    i_k = (begin + i_n).to(tl.int64)
-    p_code = code + i_b * sc_b + i_h.to(tl.int64) * sc_h + i_k * sc_n + o_y * sc_w
-    tl.store(p_code, b_byte.to(tl.uint8), mask=o_y < BYTES)
-    tl.store(low + i_b * sl_b + i_h.to(tl.int64) * sl_h + i_k * sl_n, least)
-    tl.store(step + i_b * st_b + i_h.to(tl.int64) * st_h + i_k * st_n, each)
+    begin = tl.load(span) if POINT else span
+    end = tl.load(span + 1) if POINT else span + n
+    for i_k in tl.range(begin + i_n, end, n):
+        i_key = tl.cast(i_k, tl.int64)
+        p_key = keys + i_b * sk_b + (i_h // (H // G)).to(tl.int64) * sk_g + i_key * sk_n
+        smallest, largest = float("inf"), float("-inf")
+        for i in tl.static_range(EACH):
+            o_c = o_y * EACH + i
+            m_c = o_c < WIDTH
+            b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
+            smallest = tl.minimum(smallest, tl.min(tl.where(m_c, b_v, float("inf"))))
+            largest = tl.maximum(largest, tl.max(tl.where(m_c, b_v, float("-inf"))))
+        least = tl.minimum(tl.maximum(smallest, -65504.0), 65504.0).to(tl.float16)
+        base = least.to(tl.float32)
+        each = tl.div_rn(largest - base, smallest * 0 + LEVELS)
+        each = tl.minimum(tl.maximum(each, 0.0), 65504.0).to(tl.float16)
+        width = each.to(tl.float32)
+        b_byte = tl.zeros([BY], tl.int32)
+        for i in tl.static_range(EACH):
+            o_c = o_y * EACH + i
+            m_c = o_c < WIDTH
+            b_v = tl.load(p_key + tl.load(channels + i_h * so_h + o_c, mask=m_c, other=0)).to(tl.float32)
+            b_x = tl.div_rn(b_v - base, tl.where(width == 0, 1.0, width) + tl.zeros_like(b_v))
+            b_x = tl.where(width == 0, 0.0, tl.minimum(tl.maximum(b_x, 0.0), LEVELS))
+            b_byte += tl.where(m_c, whole(b_x).to(tl.int32), 0) << (i * BITS)
+        p_code = code + i_b * sc_b + i_h.to(tl.int64) * sc_h + i_key * sc_n + o_y * sc_w
+        tl.store(p_code, b_byte.to(tl.uint8), mask=o_y < BYTES)
+        tl.store(low + i_b * sl_b + i_h.to(tl.int64) * sl_h + i_key * sl_n, least)
+        tl.store(step + i_b * st_b + i_h.to(tl.int64) * st_h + i_key * st_n, each)
 
 
 @triton.jit

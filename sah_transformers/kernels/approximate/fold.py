@@ -44,20 +44,37 @@ def fold_pages_kernel(
 @triton.jit(do_not_specialize=["start", "end", "capacity", "sk_b", "sk_g", "sp_b"])
 def fold_keys_kernel(
     k, low, high, positions, start, end, capacity, sk_b, sk_g, sk_k, sp_b,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr, POINT: tl.constexpr,
 ):  # fmt: skip
-    """Few keys of one KV head, one after the other, at their ``positions [B, K]`` (-1: nowhere)."""
+    """Few keys of one KV head, one after the other, at their ``positions [B, K]`` (-1: nowhere).
+
+    ``POINT``: ``start`` is the address of a `place.Span`, ``end`` means nothing, and a page begins with its first key,
+    whatever was in its place. Where all keys are new the pages behind theirs are emptied.
+    """
     i_bg = tl.program_id(0)
     i_b = (i_bg // G).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_k = k + i_b * (sk_b * UNIT) + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
-    for i_k in range(start, end):
+    begin = tl.load(start) if POINT else start
+    end = tl.load(start + 1) if POINT else end
+    tokens = tl.cast(0, tl.int64)
+    for i_k in range(begin, end):
         position = tl.load(positions + i_b * sp_b + i_k)
         if position >= 0:
             b_k = tl.load(p_k + tl.cast(i_k, tl.int64) * (sk_k * UNIT) + o_d, mask=m_d, other=0.0)
             o_out = (i_bg.to(tl.int64) * capacity + position // PAGE) * D + o_d
-            b_low = smaller(b_k, tl.load(low + o_out, mask=m_d, other=0.0))
-            b_high = larger(b_k, tl.load(high + o_out, mask=m_d, other=0.0))
+            b_low, b_high = tl.load(low + o_out, mask=m_d, other=0.0), tl.load(high + o_out, mask=m_d, other=0.0)
+            if POINT:
+                tokens = position + 1
+                b_low = tl.where(position % PAGE == 0, float("inf"), b_low)
+                b_high = tl.where(position % PAGE == 0, float("-inf"), b_high)
+            b_low, b_high = smaller(b_k, b_low), larger(b_k, b_high)
             tl.store(low + o_out, b_low.to(low.dtype.element_ty), mask=m_d)
             tl.store(high + o_out, b_high.to(high.dtype.element_ty), mask=m_d)
+    if POINT:  # noqa: SIM102 (known when it is compiled)
+        if begin == 0:
+            for i_p in range((tokens + PAGE - 1) // PAGE, tl.cast(capacity, tl.int64)):
+                o_out = (i_bg.to(tl.int64) * capacity + i_p) * D + o_d
+                tl.store(low + o_out, tl.full([BD], float("inf"), low.dtype.element_ty), mask=m_d)
+                tl.store(high + o_out, tl.full([BD], float("-inf"), low.dtype.element_ty), mask=m_d)

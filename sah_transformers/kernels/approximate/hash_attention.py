@@ -18,7 +18,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of
-from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
+from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -65,7 +65,7 @@ def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Gi
     """Hashes of the queries, int32 ``[R, words]``."""
     heads, rows = call.q.shape[1:3]
     words = side["hash"].shape[3]
-    _hash(launch, call.q, given.query, s["query_hash"], (heads * rows * words, rows * words, words, 1), 0)
+    _hash(launch, call.q, given.query, s["query_hash"], (heads * rows * words, rows * words, words, 1), (0, rows))
 
 
 def score(
@@ -83,32 +83,31 @@ def score(
 
 
 def append(
-    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, given: Given
+    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:
-    """Hashes of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers["hash"] [B, heads, capacity, words]``.
+    """Hashes of ``keys [B, G, K, D]`` in ``span`` into ``buffers["hash"] [B, heads, >= K, words]``.
 
     Equal to the masker's: sums in float64 have another order here, which a sign sees within 1e-14 of zero.
     """
     storage = buffers["hash"]
-    if keys.shape[2] > FEW or why_not(given, keys.shape[3]) or no_kernels(keys):
-        place(storage, hashes(keys, given.key), start)
+    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
+        storage[:, :, slice(*span)] = hashes(keys[:, :, slice(*span)], given.key)
     else:
-        _hash(Direct(), keys, given.key, storage, storage.stride(), start)
+        _hash(Direct(), keys, given.key, storage, storage.stride(), span)
 
 
-def _hash(
-    launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, ...], start: int | torch.Tensor
-) -> None:
-    """Hashes of ``x [B, heads, n, D]`` to ``out [B, max(heads, S), ..., words]`` from ``start`` on."""
-    batch, heads, n, dim = x.shape
+def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, ...], span: Span) -> None:
+    """Hashes of ``x [B, heads, n, D]`` in ``span`` to ``out [B, max(heads, S), ..., words]``."""
+    batch, heads, _, dim = x.shape
+    start, n = programs_of(launch, span)
     sets = len(mlp[0][1])
     first, second, bits = (bias.shape[1] for _, bias in mlp)
     launch(
         hash_kernel, (max(heads, sets), batch * n, 1),
         launch.address(x), *(launch.address(t.contiguous()) for pair in mlp for t in pair),
-        launch.address(out) if isinstance(out, torch.Tensor) else out, start_of(launch, start),
+        launch.address(out) if isinstance(out, torch.Tensor) else out, start,
         n, *x.stride()[:3], *strides,
-        HEADS=heads, SETS=sets, D=dim, H0=first, H1=second, BITS=bits, POINT=isinstance(start, torch.Tensor),
+        HEADS=heads, SETS=sets, D=dim, H0=first, H1=second, BITS=bits, POINT=isinstance(span, torch.Tensor),
         BD=power_of_2(dim), B0=power_of_2(first), B1=power_of_2(second), BB=max(32, power_of_2(bits)), warps=8,
     )  # fmt: skip
 
@@ -128,30 +127,32 @@ def silu(b_x):
     return b_x / (1.0 + tl.exp(-b_x))
 
 
-@triton.jit(do_not_specialize=["start", "n", "sx_b", "sx_h", "sx_n", "so_b", "so_h", "so_n", "so_w"])
+@triton.jit(do_not_specialize=["span", "n", "sx_b", "sx_h", "sx_n", "so_b", "so_h", "so_n", "so_w"])
 def hash_kernel(
-    x, w0, b0, w1, b1, w2, b2, out, start, n, sx_b, sx_h, sx_n, so_b, so_h, so_n, so_w,
+    x, w0, b0, w1, b1, w2, b2, out, span, n, sx_b, sx_h, sx_n, so_b, so_h, so_n, so_w,
     HEADS: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BITS: tl.constexpr,
     POINT: tl.constexpr, BD: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Packed signs of one vector under one head's MLP."""
+    """Packed signs of vectors under one head's MLP, each of ``n`` programs every ``n``-th of the span."""
     i_h, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
     i_s, i_x = i_h // (MOST // SETS), i_h // (MOST // HEADS)
     o_d = tl.arange(0, BD)
-    p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + i_n.to(tl.int64) * sx_n
-    b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-    b_x = silu(layer_of(b_x, w0, b0, i_s, D, H0, BD, B0))
-    b_x = silu(layer_of(b_x, w1, b1, i_s, H0, H1, B0, B1))
-    b_x = layer_of(b_x, w2, b2, i_s, H1, BITS, B1, BB)
-    o = tl.arange(0, BB)
-    b_bit = ((b_x >= 0) & (o < BITS)).to(tl.int32) << (o % 32)
-    b_word = tl.sum(tl.reshape(b_bit, (BB // 32, 32)), 1)
-    o_w = tl.arange(0, BB // 32)
-    begin = tl.load(start) if POINT else start
-    p_out = out + i_b * so_b + i_h.to(tl.int64) * so_h + (begin + i_n).to(tl.int64) * so_n + o_w * so_w
-    tl.store(p_out, b_word, mask=o_w < (BITS + 31) // 32)
+    begin = tl.load(span) if POINT else span
+    end = tl.load(span + 1) if POINT else span + n
+    for i_k in tl.range(begin + i_n, end, n):
+        p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + tl.cast(i_k, tl.int64) * sx_n
+        b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
+        b_x = silu(layer_of(b_x, w0, b0, i_s, D, H0, BD, B0))
+        b_x = silu(layer_of(b_x, w1, b1, i_s, H0, H1, B0, B1))
+        b_x = layer_of(b_x, w2, b2, i_s, H1, BITS, B1, BB)
+        o = tl.arange(0, BB)
+        b_bit = ((b_x >= 0) & (o < BITS)).to(tl.int32) << (o % 32)
+        b_word = tl.sum(tl.reshape(b_bit, (BB // 32, 32)), 1)
+        o_w = tl.arange(0, BB // 32)
+        p_out = out + i_b * so_b + i_h.to(tl.int64) * so_h + tl.cast(i_k, tl.int64) * so_n + o_w * so_w
+        tl.store(p_out, b_word, mask=o_w < (BITS + 31) // 32)
 
 
 @triton.jit(

@@ -8,7 +8,7 @@ A method is a module with the same constant and functions:
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
 - ``score(launch, call, side, given, scratch, tile)``: what `decode.score.score_kernel` does, with estimates from side
   data in place of ``q.k``: the same outputs, with the same meaning.
-- ``append(buffers, keys, values, start, given)``: side data of new keys, in place.
+- ``append(buffers, keys, values, span, given)``: side data of the keys in a `place.Span`, in place.
 
 ``call`` is a `launch.Scoring`, ``launch`` a `decode.kernel.Launcher`. ``side`` holds the masker's tensors
 ``[B, heads, >= K, ...]`` by name, views of storages with any strides; storages of a multiple of 16 keys are read in
@@ -29,6 +29,9 @@ METHODS = {
 
 UNPROVEN = frozenset(METHODS) - {"exact"}
 """Methods whose kernels have not been through their tests on a GPU: ``kernel="auto"`` leaves them alone."""
+
+UNPROVEN_IN_GRAPHS = frozenset({"pages", *METHODS})
+"""What has not been through its tests in CUDA graphs, where appends find their place on the device; as above."""
 
 
 def method_of(estimate: str) -> Any:

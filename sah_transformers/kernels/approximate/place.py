@@ -1,4 +1,8 @@
-"""New side data into preallocated storage: nothing is allocated that grows with the keys before, nothing waits."""
+"""New side data into preallocated storage: nothing is allocated that grows with the keys before, nothing waits.
+
+New keys are those of a ``span``: the numbers (start, end), or an int64 tensor of the two on the keys' device, where the
+host does not know them.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,7 @@ import torch
 FEW = 16
 """Up to so many new keys take the append kernels; more take the masker's own operations."""
 
-
-def place(storage: torch.Tensor, new: torch.Tensor, start: int | torch.Tensor) -> None:
-    """``new [B, heads, n, ...]`` into rows ``start`` on of ``storage [B, heads, capacity, ...]``.
-
-    Args:
-        start: a number, or an int64 tensor of one element on the storage's device.
-    """
-    n = new.shape[2]
-    if isinstance(start, int):
-        storage[:, :, start : start + n] = new
-    else:
-        storage.index_copy_(2, start.view(1) + torch.arange(n, device=storage.device), new)
+Span = tuple[int, int] | torch.Tensor
 
 
 class Direct:
@@ -33,6 +26,11 @@ class Direct:
         kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
-def start_of(launch: Any, start: int | torch.Tensor) -> Any:
-    """``start`` as an argument of an append kernel, which reads it there if it is a tensor (``POINT``)."""
-    return launch.address(start) if isinstance(start, torch.Tensor) else start
+def many(span: Span) -> bool:
+    """Whether the host knows of more new keys than the append kernels take."""
+    return not isinstance(span, torch.Tensor) and span[1] - span[0] > FEW
+
+
+def programs_of(launch: Any, span: Span) -> tuple[Any, int]:
+    """``span`` as an argument of an append kernel (``POINT``: an address), and its programs per sequence."""
+    return (launch.address(span), 1) if isinstance(span, torch.Tensor) else (span[0], span[1] - span[0])

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
-from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
+from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -83,26 +83,28 @@ def score(
 
 
 def append(
-    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, given: Given
+    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:
-    """Codes of ``keys [B, G, n, D]`` into rows ``start`` on of ``buffers``: the masker's, as all sums are exact."""
+    """Codes of ``keys [B, G, K, D]`` in ``span`` into ``buffers``: the masker's, as all sums are exact."""
     storage = buffers["codes"]
-    batch, groups, n, dim = keys.shape
+    batch, groups, _, dim = keys.shape
     parts, count, width = given.centroids.shape[2:]
-    if n > FEW or no_kernels(keys):
+    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
+        keys, storage = keys[:, :, slice(*span)], storage[:, :, slice(*span)]
         step = given.step.double()
         centroids = given.centroids.double() / step[..., None, None]
-        for begin, end in blocks(n, centroids):
+        for begin, end in blocks(keys.shape[2], centroids):
             points = snap(split(keys[:, :, begin:end], parts), step)
             points = points if given.radius is None else augment(points, given.radius)
-            place(storage, nearest(points, centroids).transpose(-1, -2).to(torch.uint8), start + begin)
+            storage[:, :, begin:end] = nearest(points, centroids).transpose(-1, -2)
         return
     launch = Direct()
+    start, n = programs_of(launch, span)
     launch(
         code_kernel, (groups * parts, batch * n, 1),
         keys, given.centroids, given.step, given.step if given.radius is None else given.radius, storage,
-        start_of(launch, start), n, *keys.stride()[:3], *storage.stride(),
-        G=groups, M=parts, C=count, S=width, SUB=dim // parts, POINT=isinstance(start, torch.Tensor),
+        start, n, *keys.stride()[:3], *storage.stride(),
+        G=groups, M=parts, C=count, S=width, SUB=dim // parts, POINT=isinstance(span, torch.Tensor),
         BC=power_of_2(count), BS=power_of_2(dim // parts), warps=4,
     )  # fmt: skip
 
@@ -120,38 +122,46 @@ def even(b_x):
     return (b_x + 6755399441055744.0) - 6755399441055744.0
 
 
-@triton.jit(do_not_specialize=["start", "n", "sk_b", "sk_g", "sk_n", "sc_b", "sc_g", "sc_n", "sc_m"])
+@triton.jit(do_not_specialize=["span", "n", "sk_b", "sk_g", "sk_n", "sc_b", "sc_g", "sc_n", "sc_m"])
 def code_kernel(
-    keys, centroids, step, radius, codes, start, n, sk_b, sk_g, sk_n, sc_b, sc_g, sc_n, sc_m,
+    keys, centroids, step, radius, codes, span, n, sk_b, sk_g, sk_n, sc_b, sc_g, sc_n, sc_m,
     G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr, POINT: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Code of one sub-vector of one key: whole numbers in float64, so that every order of sums agrees."""
+    """Codes of one sub-vector, each of ``n`` programs for every ``n``-th key of the span.
+
+    Whole numbers in float64, so that every order of sums agrees.
+    """
     i_gm, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     i_g, i_m = i_gm // M, i_gm % M
     o_s, o_c = tl.arange(0, BS), tl.arange(0, BC)
     i_book = (i_b * G + i_g) * M + i_m
     unit = tl.load(step + i_book).to(tl.float64)
-    p_key = keys + i_b * sk_b + i_g.to(tl.int64) * sk_g + i_n.to(tl.int64) * sk_n + i_m * SUB
-    b_x = tl.load(p_key + o_s, mask=o_s < SUB, other=0.0).to(tl.float64)
-    b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
-    b_x = b_x / unit
-    coarse = tl.maximum(power_above(tl.max(tl.abs(b_x))) / 8388608.0, 1.0)
-    b_x = even(b_x / coarse) * coarse
-    p_c = centroids + i_book * (C * S) + o_c[:, None] * S
-    m_c = (o_c < C)[:, None]
-    b_c = tl.load(p_c + o_s[None, :], mask=m_c & (o_s < SUB)[None, :], other=0.0).to(tl.float64) / unit
-    b_far = tl.sum(b_c * b_c, 1) - 2 * tl.sum(b_c * b_x[None, :], 1)
-    if S > SUB:
-        more = tl.maximum(tl.load(radius + i_book) - tl.sum(b_x * b_x), 0.0)
-        more = even(tl.sqrt(more))
-        b_more = tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=o_c < C, other=0.0).to(tl.float64) / unit
-        b_far += b_more * b_more - 2 * b_more * more
-    code = tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0)
-    begin = tl.load(start) if POINT else start
-    p = codes + i_b * sc_b + i_g.to(tl.int64) * sc_g + (begin + i_n).to(tl.int64) * sc_n + i_m * sc_m
-    tl.store(p, code.to(tl.uint8))
+    begin = tl.load(span) if POINT else span
+    end = tl.load(span + 1) if POINT else span + n
+    for i_k in tl.range(begin + i_n, end, n):
+        i_key = tl.cast(i_k, tl.int64)
+        p_key = keys + i_b * sk_b + i_g.to(tl.int64) * sk_g + i_key * sk_n + i_m * SUB
+        b_x = tl.load(p_key + o_s, mask=o_s < SUB, other=0.0).to(tl.float64)
+        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
+        b_x = b_x / unit
+        coarse = tl.maximum(power_above(tl.max(tl.abs(b_x))) / 8388608.0, 1.0)
+        b_x = even(b_x / coarse) * coarse
+        p_c = centroids + i_book * (C * S) + o_c[:, None] * S
+        m_c = (o_c < C)[:, None]
+        b_c = tl.load(p_c + o_s[None, :], mask=m_c & (o_s < SUB)[None, :], other=0.0).to(tl.float64) / unit
+        b_far = tl.sum(b_c * b_c, 1) - 2 * tl.sum(b_c * b_x[None, :], 1)
+        if S > SUB:
+            more = tl.maximum(tl.load(radius + i_book) - tl.sum(b_x * b_x), 0.0)
+            more = even(tl.sqrt(more))
+            b_more = (
+                tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=o_c < C, other=0.0).to(tl.float64) / unit
+            )
+            b_far += b_more * b_more - 2 * b_more * more
+        code = tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0)
+        p = codes + i_b * sc_b + i_g.to(tl.int64) * sc_g + i_key * sc_n + i_m * sc_m
+        tl.store(p, code.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["scaling"])

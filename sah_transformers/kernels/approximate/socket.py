@@ -26,7 +26,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
-from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
+from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -122,69 +122,77 @@ def run_of(tables: int, planes: int) -> int:
 
 
 def append(
-    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, given: Given
+    buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:
-    """Buckets of ``keys [B, G, n, D]`` and norms of ``values [B, G, n, Dv]`` into rows ``start`` on of ``buffers``.
+    """Buckets of ``keys [B, G, K, D]`` and norms of ``values [B, G, K, Dv]`` in ``span`` into ``buffers``.
 
     Buckets are the masker's, as every sum is exact. A norm's squares are summed in float64 in an order of their own,
     which float32 shows only where a square root lies within 1e-16 of the middle between two of its numbers.
     """
     words, norm = buffers["buckets"], buffers["norm"]
-    batch, groups, n, dim = keys.shape
+    batch, groups, _, dim = keys.shape
     tables, planes, _ = given.planes.shape
-    if n > FEW or no_kernels(keys):
+    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
         flat = given.planes.double().flatten(0, 1).transpose(0, 1)
         step = max(1, 2**24 // max(1, batch * groups * flat.shape[1]))
-        for begin in range(0, n, step):
-            place(words, pack(snap(keys[:, :, begin : begin + step]) @ flat >= 0), start + begin)
-        place(norm, torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).float(), start)
+        for begin in range(*span, step):
+            part = slice(begin, min(begin + step, span[1]))
+            words[:, :, part] = pack(snap(keys[:, :, part]) @ flat >= 0)
+        new = values[:, :, slice(*span)]
+        norm[:, :, slice(*span)] = torch.linalg.vector_norm(new, dim=-1, dtype=torch.float64).float()
         return
     launch = Direct()
+    start, n = programs_of(launch, span)
     launch(
         bucket_kernel, (groups * words.shape[3], batch * n, 1),
-        keys, values, given.planes, words, norm, start_of(launch, start), n,
+        keys, values, given.planes, words, norm, start, n,
         *keys.stride()[:3], *values.stride()[:3], *words.stride(), *norm.stride(),
         G=groups, WORDS=words.shape[3], BITS=tables * planes, D=dim, DV=values.shape[3],
-        POINT=isinstance(start, torch.Tensor), BD=power_of_2(dim), BV=power_of_2(values.shape[3]), warps=4,
+        POINT=isinstance(span, torch.Tensor), BD=power_of_2(dim), BV=power_of_2(values.shape[3]), warps=4,
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "start", "n", "sk_b", "sk_g", "sk_n", "sv_b", "sv_g", "sv_n", "sw_b", "sw_g", "sw_n", "sw_w", "sn_b", "sn_g",
+        "span", "n", "sk_b", "sk_g", "sk_n", "sv_b", "sv_g", "sv_n", "sw_b", "sw_g", "sw_n", "sw_w", "sn_b", "sn_g",
         "sn_n",
     ]
 )  # fmt: skip
 def bucket_kernel(
-    keys, values, planes, words, norm, start, n, sk_b, sk_g, sk_n, sv_b, sv_g, sv_n, sw_b, sw_g, sw_n, sw_w,
+    keys, values, planes, words, norm, span, n, sk_b, sk_g, sk_n, sv_b, sv_g, sv_n, sw_b, sw_g, sw_n, sw_w,
     sn_b, sn_g, sn_n,
     G: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, POINT: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One word of one key: 32 signs of sums of whole numbers in float64; the first word's program has the norm too."""
+    """One word, each of ``n`` programs for every ``n``-th key of the span; the first word's program has the norm too.
+
+    32 signs of sums of whole numbers in float64.
+    """
     i_gw, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     i_g, i_w = (i_gw // WORDS).to(tl.int64), i_gw % WORDS
-    begin = tl.load(start) if POINT else start
-    i_k = (begin + i_n).to(tl.int64)
     o_d = tl.arange(0, BD)
-    b_x = tl.load(keys + i_b * sk_b + i_g * sk_g + i_n.to(tl.int64) * sk_n + o_d, mask=o_d < D, other=0.0)
-    b_x = b_x.to(tl.float64)
-    b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
-    largest = tl.max(tl.abs(b_x))
-    exponent = (largest.to(tl.int64, bitcast=True) >> 52) + 1 - 30
-    unit = tl.where(largest > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
-    b_x = (b_x / unit + 6755399441055744.0) - 6755399441055744.0  # whole, to even
-    o_p = i_w * 32 + tl.arange(0, 32)
-    p_plane = planes + o_p[:, None] * D + o_d[None, :]
-    b_w = tl.load(p_plane, mask=(o_p < BITS)[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float64)
-    b_bit = ((tl.sum(b_w * b_x[None, :], 1) >= 0) & (o_p < BITS)).to(tl.int32) << tl.arange(0, 32)
-    tl.store(words + i_b * sw_b + i_g * sw_g + i_k * sw_n + i_w * sw_w, tl.sum(b_bit))
-    if i_w == 0:
-        o_v = tl.arange(0, BV)
-        b_v = tl.load(values + i_b * sv_b + i_g * sv_g + i_n.to(tl.int64) * sv_n + o_v, mask=o_v < DV, other=0.0)
-        b_v = b_v.to(tl.float64)
-        tl.store(norm + i_b * sn_b + i_g * sn_g + i_k * sn_n, tl.sqrt(tl.sum(b_v * b_v)).to(tl.float32))
+    begin = tl.load(span) if POINT else span
+    end = tl.load(span + 1) if POINT else span + n
+    for i_k in tl.range(begin + i_n, end, n):
+        i_key = tl.cast(i_k, tl.int64)
+        b_x = tl.load(keys + i_b * sk_b + i_g * sk_g + i_key * sk_n + o_d, mask=o_d < D, other=0.0)
+        b_x = b_x.to(tl.float64)
+        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
+        largest = tl.max(tl.abs(b_x))
+        exponent = (largest.to(tl.int64, bitcast=True) >> 52) + 1 - 30
+        unit = tl.where(largest > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
+        b_x = (b_x / unit + 6755399441055744.0) - 6755399441055744.0  # whole, to even
+        o_p = i_w * 32 + tl.arange(0, 32)
+        p_plane = planes + o_p[:, None] * D + o_d[None, :]
+        b_w = tl.load(p_plane, mask=(o_p < BITS)[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float64)
+        b_bit = ((tl.sum(b_w * b_x[None, :], 1) >= 0) & (o_p < BITS)).to(tl.int32) << tl.arange(0, 32)
+        tl.store(words + i_b * sw_b + i_g * sw_g + i_key * sw_n + i_w * sw_w, tl.sum(b_bit))
+        if i_w == 0:
+            o_v = tl.arange(0, BV)
+            b_v = tl.load(values + i_b * sv_b + i_g * sv_g + i_key * sv_n + o_v, mask=o_v < DV, other=0.0)
+            b_v = b_v.to(tl.float64)
+            tl.store(norm + i_b * sn_b + i_g * sn_g + i_key * sn_n, tl.sqrt(tl.sum(b_v * b_v)).to(tl.float32))
 
 
 @triton.jit

@@ -1,0 +1,241 @@
+"""Side data of a cache of fixed size: tensors that stay where they are, so that compiled code may hold on to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from sah_transformers.kernels.append import append_from_device, follow
+from sah_transformers.rows import Context
+from sah_transformers.state import LayerState, PageBuffer, Prepared, SideBuffer, counting
+
+if TYPE_CHECKING:
+    from sah_transformers.maskers.base import Masker, MaskerConfig
+
+S = TypeVar("S", bound="StaticState")
+
+
+class StaticState(LayerState):
+    """A ``LayerState`` all of which lies in tensors, the number of keys that it has seen included.
+
+    Compiled code is handed ``tensors`` and writes into them when the host does not see it, so every update begins with
+    what they say. The side data are those of the maskers of the last update alone.
+
+    Attributes:
+        capacity: keys that the cache has room for.
+        keeper: number of the ``LayerPlan`` whose maskers' side data ``tensors`` are, 0 for none.
+        tensors: ``span``, int64 ``[2]`` (keys that are known: before the last call, and now), ``positions``, int64
+            ``[B, 1, capacity]``, then each masker's; the same objects as long as the batch stays as it is.
+        names: what each of ``tensors`` is, separated by blanks.
+        captured: whether the kernels take calls of one row, and their appends, so that nothing waits for the device.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.keeper = 0
+        self.captured = False
+        self.tensors: list[torch.Tensor] = []
+        self.names = ""
+        self._span = torch.zeros(2, dtype=torch.int64)
+        self._idle: dict[MaskerConfig, Prepared] = {}
+        self._padded = True
+        self._read_to = 0  # by maskers that were not asked to select
+
+    @classmethod
+    def of(cls: type[S], maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor]) -> S:
+        """The state whose ``names`` and ``tensors`` these are; ``maskers`` as they were handed out for."""
+        span, positions, *others = tensors
+        state = cls(positions.shape[2])
+        state._span, state._positions, state.batch = span, SideBuffer.over(positions), positions.shape[0]
+        for name, tensor in zip(names.split()[2:], others, strict=True):
+            number, _, name = name.partition(".")
+            masker = maskers[int(number)]
+            if name == "ready":
+                state._prepared[masker.config] = Prepared({}, tensor)
+            elif name in masker.prepared:
+                state._prepared[masker.config].data[name] = tensor
+            else:
+                pages, side = masker.pages(), state._side.setdefault(masker.config, {})
+                if name in pages:
+                    side[name] = PageBuffer.over(tensor, *pages[name])
+                else:
+                    side[name] = SideBuffer.over(tensor, name in masker.apart)
+        return state
+
+    def hand_out(self, maskers: Sequence[Masker], keeper: int, captured: bool) -> None:
+        """Have ``tensors`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
+        assert self._positions is not None
+        self.captured = captured
+        named = {"span": self._span, "positions": self._positions.storage}
+        for number, masker in enumerate(maskers):
+            prepared = self._prepared.get(masker.config)
+            if prepared is not None:
+                named |= {f"{number}.ready": prepared.ready}
+                named |= {f"{number}.{name}": tensor for name, tensor in prepared.data.items()}
+            side = self._side[masker.config]
+            named |= {f"{number}.{name}": buffer.storage for name, buffer in side.items()}
+        self.keeper, self.names, self.tensors = keeper, " ".join(named), list(named.values())
+        for tensor in self.tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+    def read_on(self, before: int, total: int, unasked: Sequence[Masker]) -> None:
+        """Before an update to ``total`` keys by a call from whose keys the ``unasked`` maskers do not select.
+
+        That is a prompt. If the call before was a part of it, what was made once of the sequence is made anew.
+        """
+        if before == self._read_to:
+            again = {masker.config for masker in unasked} & self._prepared.keys()
+            self._idle |= {config: self._prepared.pop(config) for config in again}
+        self._read_to = total if unasked else -1
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of the keys may be no real tokens: not while a whole prompt is all there is."""
+        return self._padded
+
+    def update(
+        self,
+        maskers: Sequence[Masker],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: int,
+        new: int,
+        real: torch.Tensor | None,
+        context: Context,
+    ) -> torch.Tensor:
+        """As ``LayerState.update``; the side data of other maskers are forgotten."""
+        if self.batch != keys.shape[0] or self._span.device != keys.device:
+            read_to = self._read_to
+            self.__init__(self.capacity)  # type: ignore[misc]
+            self._span, self._read_to = self._span.to(keys.device), read_to
+        if self._positions is None:
+            self._positions = SideBuffer(counting(0, keys.device).expand(keys.shape[0], 1, -1), False, self.capacity)
+            self._positions.storage.fill_(-1)
+        kept = {masker.config for masker in maskers}
+        for config in [config for config in self._side if config not in kept]:
+            del self._side[config]
+            self._prepared.pop(config, None)
+        try:
+            positions = super().update(maskers, keys, values, heads, new, real, context)
+        except Exception:
+            self._positions.storage[:, :, self.length :] = -1
+            raise
+        self._span.fill_(self.length)
+        return positions
+
+    def _read(self) -> None:
+        """Take over how many keys the tensors know of."""
+        self.length = known = int(self._span[1])
+        self._lengths = dict.fromkeys(self._side, known)
+        for buffer in self._buffers():
+            if isinstance(buffer, SideBuffer):
+                buffer.length = known
+            elif isinstance(buffer, PageBuffer):
+                buffer.pages = -(-known // buffer.size)
+        if known == 0:
+            self._idle |= self._prepared
+            self._prepared.clear()
+
+    def _place(self, batch: int, total: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        assert self._positions is not None
+        self._padded = real is not None or self.length > 0
+        if self._padded:
+            return super()._place(batch, total, real, device)
+        positions = counting(total, device).expand(batch, -1)
+        self._positions.append(positions[:, None])
+        return positions
+
+    def _keep(self, made: dict[MaskerConfig, Prepared]) -> None:
+        for config, new in made.items():
+            known = self._prepared.get(config) or self._idle.pop(config, None)
+            if known is not None:
+                for name, tensor in new.data.items():
+                    known.data[name].copy_(tensor)
+                known.ready.copy_(new.ready)
+                known.complete = new.complete
+            self._prepared[config] = new if known is None else known
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first ``length``; without any left, what was prepared as well."""
+        self._read()
+        if length >= self.length:
+            return
+        if self._positions is not None:
+            self._positions.storage[:, :, length : self.length] = -1
+        if length == 0:
+            self.captured = False
+            self._idle |= self._prepared
+        super().crop(length)
+        self._span.fill_(length)
+
+    def reset(self) -> None:
+        """Forget all keys; the tensors stay where they are."""
+        self.crop(0)
+
+    def complete(self) -> bool:
+        """Whether all that is made once of a sequence was made; asks the device where the host does not know."""
+        for prepared in self._prepared.values():
+            prepared.complete = prepared.complete or bool(prepared.ready.all())
+        return all(prepared.complete for prepared in self._prepared.values())
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the side data."""
+        super().to(device)
+        self._span = self._span.to(device)
+
+    def _map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._map_batch(operation)
+        self._idle.clear()
+        self.keeper = 0
+
+
+class CapturedState(StaticState):
+    """A ``StaticState`` whose keys the host does not count: kernels do, and nothing waits for them.
+
+    Its side data span the cache's whole buffer. All that is made once of a sequence has been made.
+
+    Attributes:
+        filled: int64, one element: keys in the cache.
+    """
+
+    filled: torch.Tensor
+
+    @classmethod
+    def over(
+        cls, maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor], filled: torch.Tensor
+    ) -> CapturedState:
+        """As ``of``."""
+        state = cls.of(maskers, names, tensors)
+        state.filled = filled
+        return state
+
+    def update(
+        self,
+        maskers: Sequence[Masker],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: int,
+        new: int,
+        real: torch.Tensor | None,
+        context: Context,
+    ) -> torch.Tensor:
+        """As ``LayerState.update``; ``keys`` and ``values`` are whole buffers, and so are the positions."""
+        assert real is not None
+        assert self._positions is not None
+        self.length = keys.shape[2]
+        positions = self._positions.storage[:, 0, : self.length]
+        follow(self.filled, self._span, positions, real, new)
+        for masker in maskers:
+            side = self._side[masker.config]
+            for buffer in side.values():
+                if isinstance(buffer, SideBuffer):
+                    buffer.length = self.length
+            prepared = self._prepared.get(masker.config)
+            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
+            storages = {name: buffer.storage for name, buffer in side.items()}
+            append_from_device(masker, storages, keys, values, self._span, positions, part)
+        return positions
