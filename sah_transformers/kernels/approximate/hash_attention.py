@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Levels, Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.levels import keep_levels
 from sah_transformers.kernels.approximate.place import FEW, Direct, place, start_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
+from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -79,6 +81,30 @@ def score(
         launch.address(kept), s["query_hash"], *call.arrays(), *call.numbers(tile), *steps(kept, unit), kept.stride(3),
         **call.shape(), SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed,
         STEP=kept.stride(2), UNIT=unit, BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+    )  # fmt: skip
+
+
+def levels(call: Scoring, given: Given) -> int:
+    """Candidates have so many levels, whole numbers from 1 on; 0: more than a byte holds, or not these are ranked."""
+    most = given.bits * (call.q.shape[1] // call.groups if call.summed else 1) + 1
+    return most if most < 256 and not call.masses_too else 0
+
+
+def level(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], cut: Levels
+) -> None:
+    """Levels in place of scores: one more than the bits that agree."""
+    kept = side["hash"]
+    unit = unit_of(kept)
+    batch, _, rows, _ = call.q.shape
+    launch(
+        hash_level_kernel, (call.stride // cut.chunk, batch * call.groups * call.in_group, 1),
+        launch.address(kept), s["query_hash"], call.mask, call.limits, cut.levels, cut.histogram,
+        call.keys, batch, call.stride // 16, call.stride // cut.chunk, *call.look, *call.bands,
+        *steps(kept, unit), kept.stride(3),
+        H=call.q.shape[1], G=call.groups, Q=rows, CAUSAL=call.causal, MASKED=call.masked,
+        SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed, STEP=kept.stride(2), UNIT=unit,
+        CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
     )  # fmt: skip
 
 
@@ -198,3 +224,40 @@ def hash_score_kernel(
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
     close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sh_b", "sh_s",
+        "sh_w",
+    ]
+)  # fmt: skip
+def hash_level_kernel(
+    kept, query_hash, mask, limits, levels, histogram,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sh_b, sh_s, sh_w,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SETS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One selection row, one chunk of keys: levels of the candidates, and how many of them each level has."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    HEADS: tl.constexpr = H // G if SUM else 1  # added up
+    ROWS: tl.constexpr = H // HEADS * Q
+    i_b, i_q = i_e // ROWS, i_e % Q
+    _, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    b_l = tl.full([CHUNK], HEADS * BITS + 1, tl.int32)
+    for i_h in tl.static_range(HEADS):
+        o_h = i_e // Q % (H // HEADS) * HEADS + i_h
+        p_k = kept + i_b.to(tl.int64) * (sh_b * UNIT) + (o_h // (H // SETS)).to(tl.int64) * (sh_s * UNIT)
+        for i_w in tl.static_range(WORDS):
+            b_q = tl.load(query_hash + ((i_b * H + o_h) * Q + i_q) * WORDS + i_w)
+            b_k = tl.load(p_k + i_w * sh_w + o_k.to(tl.int64) * STEP, mask=o_k < end_of(K, UNIT), other=0)
+            b_l -= bits_set(b_q ^ b_k)
+    m_k = (o_k >= first_end) & (o_k < last_start) & (o_k < tl.minimum(reach_of(i_q, K, Q, CAUSAL), K))
+    if MASKED:
+        p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
+        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+    keep_levels(tl.where(m_k, b_l, 0), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)

@@ -20,6 +20,9 @@ class Tuning:
         samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
         slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
             half as many do; its warps.
+        levels: whether keys are selected by levels instead; level_bins: levels on the line through a bracket;
+            level_warps, list_warps, level_cut_warps: of 1,024 keys of a chunk, of 2**13 counts.
+        edge, edge_warps: keys of an edge that are cut in registers; the program's warps.
     """
 
     score_pages: int = 64
@@ -42,6 +45,13 @@ class Tuning:
     chunk_warps: int = 4
     slot: int = 256
     cut_warps: int = 16
+    levels: bool = True
+    level_bins: int = 64
+    level_warps: int = 4
+    list_warps: int = 4
+    level_cut_warps: int = 8
+    edge: int = 1024
+    edge_warps: int = 4
 
 
 def tuning_of(itemsize: int, dim: int) -> Tuning:

@@ -1,0 +1,248 @@
+"""The exact cut of rows by levels: candidates are counted level by level, then those above the cut's level are listed.
+
+A level is a byte that grows with the score; 0 is no candidate. Of scores that are whole numbers (`hash_attention`) a
+level holds equal ones: of the cut's level each chunk of keys takes as many as are left for it, the first ones. Other
+scores are laid on a line through a sampled bracket of the cut (`line_kernel`, `level_kernel`): the cut's level then
+holds a thousandth of the keys, its *edge*, which is cut by the scores themselves (`edge_kernel`). A line that misses
+makes the edge long, which costs time and nothing else.
+"""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.approximate.best import NO_CANDIDATE, best_of, rankable
+from sah_transformers.kernels.decode.bracket import count_bracket, row_totals, sample_position
+from sah_transformers.kernels.decode.limits import limits_of, size_of
+from sah_transformers.kernels.decode.values import sortable
+
+BELOW = tl.constexpr(1)
+"""The level of candidates below the bracket; those above it have the highest."""
+
+
+@triton.jit
+def sampled_bracket(
+    scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """(low, high, whether they are worth nothing) around the cut of a selection row, from sampled scores: of the
+    scores, or of the integer forms of a group's summed ``SOFTMAX``; then the heads' ``stats [3, R]`` are written."""
+    R = B * H * Q
+    E = B * G * Q if SOFTMAX else R
+    i_q, i_b = i_e % Q, i_e // (E // B)
+    n, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    last_start = tl.maximum(last_start, first_end)
+    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
+    m_k = (o_k < last_start) & (o_k < K)
+    if SOFTMAX:
+        o_h = tl.arange(0, HEADS)
+        m_h = o_h < H // G
+        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
+        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+        b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
+        m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
+        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
+        b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
+        b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
+    else:
+        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
+        m_k = m_k & (b_v > float("-inf"))
+    wanted = size_of(n, size, share)
+    candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
+    low, high = count_bracket(b_v, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
+    return low, high, (low != low) | (high != high) | (tl.sum(m_k.to(tl.int32)) == 0)
+
+
+@triton.jit(
+    do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share", "size", "share"]
+)
+def line_kernel(
+    scores, limits, peaks, masses, stats, lines, K, B, stride, chunks,
+    first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """``lines [2, E]`` of a selection row: where the bracket of its cut begins, and levels per unit."""
+    i_e = tl.program_id(0)
+    low, high, bad = sampled_bracket(
+        scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size,
+        share, H, G, Q, CAUSAL, MASKED, SOFTMAX, CHUNKS, SAMPLES, HEADS,
+    )  # fmt: skip
+    bad = bad | (tl.abs(low) > 3.0e38) | (tl.abs(high) > 3.0e38)
+    low, high = tl.where(bad, 0.0, low), tl.where(bad, 0.0, high)
+    if SOFTMAX:
+        low = tl.floor(tl.minimum(tl.maximum(low, 0.0), 2.1e9))
+    tl.store(lines + i_e, low)
+    tl.store(lines + tl.num_programs(0) + i_e, (BINS - 3) / tl.maximum(high - low, 1.0e-30))
+
+
+@triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
+def level_kernel(
+    scores, ranking, limits, stats, lines, levels, histogram, K, B, stride, chunks,
+    first, first_share, last, last_share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One selection row, one chunk of keys: their levels, and how many keys each level has. A group's summed
+    ``SOFTMAX`` is written to ``ranking [E, stride]``, else this is ``scores``."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    R = B * H * Q
+    E = B * G * Q if SOFTMAX else R
+    i_q, i_b = i_e % Q, i_e // (E // B)
+    _, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    low, scale = tl.load(lines + i_e), tl.load(lines + E + i_e)
+    if SOFTMAX:
+        b_v = tl.zeros([CHUNK], tl.float32)
+        m_v = (o_k >= first_end) & (o_k < last_start)
+        for i_h in range(H // G):
+            i_r = (i_e // Q) * (H // G * Q) + i_q + i_h * Q
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k)
+            m_v = m_v & (b_s != float("-inf"))
+            share = 1.0 / tl.maximum(tl.load(stats + R + i_r) + tl.load(stats + 2 * R + i_r), 1.0)
+            b_v += tl.exp(b_s - tl.load(stats + i_r)) * share
+        tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v)
+        b_x = (sortable(tl.where(b_v > 0, b_v, 0.0)) - low.to(tl.int32)).to(tl.float32)
+    else:
+        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
+        m_v = (o_k >= first_end) & (o_k < last_start) & (b_v != float("-inf"))
+        b_x = tl.where(b_v == b_v, b_v, float("-inf")) - low
+    b_x = tl.minimum(tl.maximum(b_x * scale + (BELOW + 1), BELOW), BINS - 1)  # grows with the value, however rounded
+    keep_levels(tl.where(m_v, b_x, 0.0).to(tl.int32), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
+
+
+@triton.jit
+def keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
+    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]``."""
+    tl.store(levels + i_e.to(tl.int64) * (stride * 16) + i_c * CHUNK + tl.arange(0, CHUNK), b_l.to(tl.uint8))
+    p_n = histogram + (i_e.to(tl.int64) * chunks + i_c) * BINS + tl.arange(0, BINS)
+    tl.store(p_n, tl.histogram(b_l, BINS))
+
+
+@triton.jit(do_not_specialize=["K", "B", "chunks", "first", "first_share", "last", "last_share", "size", "share"])
+def level_cut_kernel(
+    histogram, limits, cuts, offsets, counts, K, B, chunks, first, first_share, last, last_share, size, share,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One of the selection rows, ``ROWS`` of a sequence.
+
+    ``cuts [5, E]``: the lowest level that is taken as a whole, the cut's level (-1: nothing is left for it), keys
+    above, keys left for it, keys that it has. ``offsets [2, E, chunks]``: listed keys before each chunk and, with
+    ``EDGES``, keys of the edge before it, else how many of the cut's level it takes. ``counts [E]``.
+    """
+    i_e = tl.program_id(0)
+    E = B * ROWS
+    i_q, i_b = i_e % Q, i_e // ROWS
+    n, _, _ = limits_of(limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED)
+    room = size_of(n, size, share)
+    o_c, o_l = tl.arange(0, CHUNKS), tl.arange(0, BINS)
+    m_c = o_c < chunks
+    p_n = histogram + (i_e.to(tl.int64) * chunks + o_c[:, None]) * BINS + o_l[None, :]
+    b_n = tl.load(p_n, mask=m_c[:, None] & (o_l > 0)[None, :], other=0)
+    b_level = tl.sum(b_n, 0)
+    b_reach = tl.cumsum(b_level, 0, reverse=True)  # keys of this level and above
+    whole = tl.maximum(tl.min(tl.where(b_reach <= room, o_l, BINS)), 1)
+    above = tl.max(tl.where(b_reach <= room, b_reach, 0))
+    at = tl.max(tl.where(o_l == whole - 1, b_level, 0))
+    spare = tl.minimum(room - above, at)
+    edge = tl.where(spare > 0, whole - 1, -1)
+    b_above = tl.sum(tl.where(o_l[None, :] >= whole, b_n, 0), 1)
+    b_edge = tl.sum(tl.where(o_l[None, :] == edge, b_n, 0), 1)
+    b_before = tl.cumsum(b_edge, 0) - b_edge
+    if not EDGES:
+        b_before = tl.minimum(tl.maximum(spare - b_before, 0), b_edge)
+        b_above += b_before
+    o_out = i_e.to(tl.int64) * chunks + o_c
+    tl.store(offsets + o_out, tl.cumsum(b_above, 0) - b_above, mask=m_c)
+    tl.store(offsets + E.to(tl.int64) * chunks + o_out, b_before, mask=m_c)
+    tl.store(counts + i_e, above + spare)
+    tl.store(cuts + i_e, whole)
+    tl.store(cuts + E + i_e, edge)
+    tl.store(cuts + 2 * E + i_e, above)
+    tl.store(cuts + 3 * E + i_e, spare)
+    tl.store(cuts + 4 * E + i_e, at)
+
+
+@triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
+def level_list_kernel(
+    levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
+    without the cut's level, whose keys go behind ``longest``."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    E = tl.num_programs(1)
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    b_l = tl.load(levels + i_e.to(tl.int64) * (stride * 16) + o_k).to(tl.int32)
+    whole, edge = tl.load(cuts + i_e), tl.load(cuts + E + i_e)
+    p_offset = offsets + i_e.to(tl.int64) * chunks + i_c
+    before, other = tl.load(p_offset), tl.load(p_offset + E.to(tl.int64) * chunks)
+    m_above, m_edge = b_l >= whole, b_l == edge
+    b_rank = tl.cumsum(m_above.to(tl.int32) + (m_edge.to(tl.int32) << 16), 0)  # both in one sum
+    b_above, b_edge = b_rank & 0xFFFF, b_rank >> 16
+    if EDGES:
+        b_out = tl.where(m_above, before + b_above, longest + other + b_edge) - 1
+    else:
+        m_edge = m_edge & (b_edge <= other)
+        b_out = before + b_above + tl.minimum(b_edge, other) - 1
+    tl.store(lists + i_e.to(tl.int64) * wide + b_out, o_k, mask=m_above | m_edge)
+
+
+@triton.jit
+def edge_keys(p_edge, p_v, o, at):
+    """(positions, sortable values) of keys ``o`` of an edge that has ``at``."""
+    b_k = tl.load(p_edge + o, mask=o < at, other=0)
+    return b_k, rankable(tl.load(p_v + b_k, mask=o < at, other=0.0), o < at)
+
+
+@triton.jit
+def long_cut(p_edge, p_v, at, room, BLOCK: tl.constexpr):
+    """(cut, how many of the keys that equal it are taken) of an edge that is read again and again; ``room < at``."""
+    o = tl.arange(0, BLOCK)
+    b_low, b_high = tl.full([BLOCK], 0x7FFFFFFF, tl.int32), tl.full([BLOCK], NO_CANDIDATE, tl.int32)
+    for start in range(0, at, BLOCK):
+        _, b_i = edge_keys(p_edge, p_v, start + o, at)
+        b_low = tl.minimum(b_low, tl.where(b_i > NO_CANDIDATE, b_i, 0x7FFFFFFF))
+        b_high = tl.maximum(b_high, b_i)
+    low, high = tl.min(b_low).to(tl.int64), tl.max(b_high).to(tl.int64)
+    more = 0  # keys above the cut
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        b_count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, at, BLOCK):
+            _, b_i = edge_keys(p_edge, p_v, start + o, at)
+            b_count += (b_i >= middle.to(tl.int32)).to(tl.int32)
+        reach = tl.sum(b_count)
+        more = tl.where(reach >= room, more, reach)
+        low = tl.where(reach >= room, middle, low)
+        high = tl.where(reach >= room, high, middle - 1)
+    return low.to(tl.int32), room - more
+
+
+@triton.jit(do_not_specialize=["stride", "wide", "longest"])
+def edge_kernel(ranking, cuts, lists, stride, wide, longest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One selection row: the best keys of its edge, the lower position first among equals, behind those listed."""
+    i_e = tl.program_id(0)
+    E = tl.num_programs(0)
+    above, room, at = tl.load(cuts + 2 * E + i_e), tl.load(cuts + 3 * E + i_e), tl.load(cuts + 4 * E + i_e)
+    p_list = lists + i_e.to(tl.int64) * wide
+    p_edge, p_list = p_list + longest, p_list + above
+    p_v = ranking + i_e.to(tl.int64) * (stride * 16)
+    if (room > 0) & (at <= WIDTH):
+        b_k, b_i = edge_keys(p_edge, p_v, tl.arange(0, WIDTH), at)
+        m = best_of(b_i, room, at)
+        tl.store(p_list + tl.cumsum(m.to(tl.int32), 0) - 1, b_k, mask=m)
+    elif room > 0:
+        cut, ties = long_cut(p_edge, p_v, at, room, BLOCK)
+        taken, same = 0, 0
+        for start in range(0, at, BLOCK):
+            b_k, b_i = edge_keys(p_edge, p_v, start + tl.arange(0, BLOCK), at)
+            b_same = (b_i == cut).to(tl.int32)
+            m = (b_i > cut) | ((b_same > 0) & (tl.cumsum(b_same, 0) + same <= ties))
+            tl.store(p_list + taken + tl.cumsum(m.to(tl.int32), 0) - 1, b_k, mask=m)
+            taken += tl.sum(m.to(tl.int32))
+            same += tl.sum(b_same)
