@@ -87,7 +87,7 @@ def score(
 def levels(call: Scoring, given: Given) -> int:
     """Candidates have so many levels, whole numbers from 1 on; 0: more than a byte holds, or not these are ranked."""
     most = given.bits * (call.q.shape[1] // call.groups if call.summed else 1) + 1
-    return most if most < 256 and not call.masses_too else 0
+    return most if most < 255 and not call.masses_too else 0
 
 
 def level(
@@ -131,7 +131,7 @@ def _hash(
     first, second, bits = (bias.shape[1] for _, bias in mlp)
     launch(
         hash_kernel, (max(heads, sets), batch * n, 1),
-        launch.address(x), *(launch.address(t.contiguous()) for pair in mlp for t in pair),
+        launch.address(x), *(launch.address(t.contiguous()) for weight, bias in mlp for t in (weight.mT, bias)),
         launch.address(out) if isinstance(out, torch.Tensor) else out, start_of(launch, start),
         n, *x.stride()[:3], *strides,
         HEADS=heads, SETS=sets, D=dim, H0=first, H1=second, BITS=bits, POINT=isinstance(start, torch.Tensor),
@@ -140,13 +140,18 @@ def _hash(
 
 
 @triton.jit
-def layer_of(b_x, weight, bias, i_s, IN: tl.constexpr, OUT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
-    """``weight[i_s] @ x + bias[i_s]`` in float64; ``b_x [BI]`` is 0 beyond ``IN``."""
+def layer_of(weight, bias, i_s, IN: tl.constexpr, OUT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
+    """Weights ``[BI, BO]`` and biases ``[BO]`` of a layer, 0 beyond its sizes; ``weight [S, IN, OUT]``."""
     o_i, o_o = tl.arange(0, BI), tl.arange(0, BO)
-    p_w = weight + i_s * (IN * OUT) + o_o[:, None] * IN + o_i[None, :]
-    b_w = tl.load(p_w, mask=(o_o < OUT)[:, None] & (o_i < IN)[None, :], other=0.0).to(tl.float64)
-    b_b = tl.load(bias + i_s * OUT + o_o, mask=o_o < OUT, other=0.0).to(tl.float64)
-    return tl.sum(b_w * b_x[None, :], 1) + b_b
+    p_w = weight + i_s * (IN * OUT) + o_i[:, None] * OUT + o_o[None, :]
+    b_w = tl.load(p_w, mask=(o_i < IN)[:, None] & (o_o < OUT)[None, :], other=0.0)
+    return b_w, tl.load(bias + i_s * OUT + o_o, mask=o_o < OUT, other=0.0)
+
+
+@triton.jit
+def through(b_x, b_w, b_b):
+    """``x @ w + b`` in float64."""
+    return tl.sum(b_w.to(tl.float64) * b_x[:, None], 0) + b_b.to(tl.float64)
 
 
 @triton.jit
@@ -165,12 +170,15 @@ def hash_kernel(
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
     i_s, i_x = i_h // (MOST // SETS), i_h // (MOST // HEADS)
+    b_w0, b_b0 = layer_of(w0, b0, i_s, D, H0, BD, B0)  # all are under way before the first is needed
+    b_w1, b_b1 = layer_of(w1, b1, i_s, H0, H1, B0, B1)
+    b_w2, b_b2 = layer_of(w2, b2, i_s, H1, BITS, B1, BB)
     o_d = tl.arange(0, BD)
     p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + i_n.to(tl.int64) * sx_n
     b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-    b_x = silu(layer_of(b_x, w0, b0, i_s, D, H0, BD, B0))
-    b_x = silu(layer_of(b_x, w1, b1, i_s, H0, H1, B0, B1))
-    b_x = layer_of(b_x, w2, b2, i_s, H1, BITS, B1, BB)
+    b_x = silu(through(b_x, b_w0, b_b0))
+    b_x = silu(through(b_x, b_w1, b_b1))
+    b_x = through(b_x, b_w2, b_b2)
     o = tl.arange(0, BB)
     b_bit = ((b_x >= 0) & (o < BITS)).to(tl.int32) << (o % 32)
     b_word = tl.sum(tl.reshape(b_bit, (BB // 32, 32)), 1)

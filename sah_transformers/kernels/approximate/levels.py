@@ -15,6 +15,7 @@ from sah_transformers.kernels.decode.bracket import count_bracket, row_totals, s
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
 
+ONES, TOPS = tl.constexpr(0x0101010101010101), tl.constexpr(0x8080808080808080)
 BELOW = tl.constexpr(1)
 """The level of candidates below the bracket; those above it have the highest."""
 
@@ -131,8 +132,8 @@ def level_cut_kernel(
 ):  # fmt: skip
     """One of the selection rows, ``ROWS`` of a sequence.
 
-    ``cuts [5, E]``: the lowest level that is taken as a whole, the cut's level (-1: nothing is left for it), keys
-    above, keys left for it, keys that it has. ``offsets [2, E, chunks]``: listed keys before each chunk and, with
+    ``cuts [5, E]``: the lowest level that is taken as a whole, the lowest of which any is taken (the same or one
+    less, the cut's level), keys above, keys left for the cut's level, keys that it has. ``offsets [2, E, chunks]``: listed keys before each chunk and, with
     ``EDGES``, keys of the edge before it, else how many of the cut's level it takes. ``counts [E]``.
     """
     i_e = tl.program_id(0)
@@ -150,9 +151,9 @@ def level_cut_kernel(
     above = tl.max(tl.where(b_reach <= room, b_reach, 0))
     at = tl.max(tl.where(o_l == whole - 1, b_level, 0))
     spare = tl.minimum(room - above, at)
-    edge = tl.where(spare > 0, whole - 1, -1)
+    edge = tl.where(spare > 0, whole - 1, whole)
     b_above = tl.sum(tl.where(o_l[None, :] >= whole, b_n, 0), 1)
-    b_edge = tl.sum(tl.where(o_l[None, :] == edge, b_n, 0), 1)
+    b_edge = tl.sum(tl.where((o_l[None, :] >= edge) & (o_l[None, :] < whole), b_n, 0), 1)
     b_before = tl.cumsum(b_edge, 0) - b_edge
     if not EDGES:
         b_before = tl.minimum(tl.maximum(spare - b_before, 0), b_edge)
@@ -168,28 +169,50 @@ def level_cut_kernel(
     tl.store(cuts + 4 * E + i_e, at)
 
 
+@triton.jit
+def at_least(b_x, level):
+    """The top bit of each byte of uint64 ``b_x`` that is ``level`` (0 to 255) or more."""
+    level = level.to(tl.uint64) * ONES
+    b_rest = (b_x | TOPS) - (level & (TOPS - ONES))
+    return ((b_x & ~level) | (~(b_x ^ level) & b_rest)) & TOPS
+
+
 @triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
 def level_list_kernel(
     levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, CHUNK: tl.constexpr
 ):
     """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
-    without the cut's level, whose keys go behind ``longest``."""
+    without the cut's level, whose keys go behind ``longest``.
+
+    Eight levels at once: below ``count`` and ``sums`` hold in each byte keys above in the lower half, of the cut's
+    level in the upper.
+    """
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     E = tl.num_programs(1)
-    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-    b_l = tl.load(levels + i_e.to(tl.int64) * (stride * 16) + o_k).to(tl.int32)
-    whole, edge = tl.load(cuts + i_e), tl.load(cuts + E + i_e)
+    p_levels = (levels + i_e.to(tl.int64) * (stride * 16)).to(tl.pointer_type(tl.uint64))
+    o_w = i_c * (CHUNK // 8) + tl.arange(0, CHUNK // 8)
+    b_x = tl.load(p_levels + o_w)
     p_offset = offsets + i_e.to(tl.int64) * chunks + i_c
     before, other = tl.load(p_offset), tl.load(p_offset + E.to(tl.int64) * chunks)
-    m_above, m_edge = b_l >= whole, b_l == edge
-    b_rank = tl.cumsum(m_above.to(tl.int32) + (m_edge.to(tl.int32) << 16), 0)  # both in one sum
-    b_above, b_edge = b_rank & 0xFFFF, b_rank >> 16
-    if EDGES:
-        b_out = tl.where(m_above, before + b_above, longest + other + b_edge) - 1
-    else:
-        m_edge = m_edge & (b_edge <= other)
-        b_out = before + b_above + tl.minimum(b_edge, other) - 1
-    tl.store(lists + i_e.to(tl.int64) * wide + b_out, o_k, mask=m_above | m_edge)
+    b_above = at_least(b_x, tl.load(cuts + i_e))
+    b_edge = at_least(b_x, tl.load(cuts + E + i_e)) ^ b_above
+    b_count = (b_above >> 7) | (b_edge >> 3)
+    b_sums = b_count * ONES  # of a byte and those before it
+    b_all = (b_sums >> 56).to(tl.int32)
+    b_all = (b_all & 15) | (b_all >> 4 << 16)
+    b_before = tl.cumsum(b_all, 0) - b_all  # both in one sum
+    b_above, b_edge = (b_before & 0xFFFF) + before - 1, b_before >> 16
+    p_list = lists + i_e.to(tl.int64) * wide
+    for i in tl.static_range(8):
+        b_i, b_sum = (b_count >> (8 * i)).to(tl.int32), (b_sums >> (8 * i)).to(tl.int32) & 0xFF
+        b_out, b_same = b_above + (b_sum & 15), b_edge + (b_sum >> 4)
+        if EDGES:
+            m = (b_i & 17) != 0
+            b_out = tl.where((b_i & 1) != 0, b_out, longest + other - 1 + b_same)
+        else:
+            m = ((b_i & 1) != 0) | (((b_i & 16) != 0) & (b_same <= other))
+            b_out += tl.minimum(b_same, other)
+        tl.store(p_list + b_out, o_w * 8 + i, mask=m)
 
 
 @triton.jit

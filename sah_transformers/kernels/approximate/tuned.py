@@ -51,7 +51,7 @@ class Tuning:
     list_warps: int = 4
     level_cut_warps: int = 8
     edge: int = 1024
-    edge_warps: int = 4
+    edge_warps: int = 8
 
 
 def tuning_of(itemsize: int, dim: int) -> Tuning:
