@@ -42,7 +42,8 @@ def attend_by_levels(work: Work) -> None:
     whole = method.levels(scoring, work.given)  # numbers
     bins = power_of_2(max(64, whole + 1)) if whole else t.level_bins
     chunk = max(t.chunk * max(1, bins // 128), plan.keys * bins // MOST_COUNTS)
-    warps = min(16, t.level_warps * chunk // 1024)
+    at_once = max(1, chunk // 1024)
+    warps = min(16, t.level_warps * at_once)
     span = chunk if whole else max(chunk, tile.span)
     stride = -(-work.keys // span) * span
     scored = work.selections if scoring.summed else work.all_rows
@@ -93,11 +94,11 @@ def attend_by_levels(work: Work) -> None:
     )  # fmt: skip
     launch(
         level_list_kernel, (chunks, work.selections, 1), s["levels"], s["cuts"], s["offsets"], s["lists"],
-        stride // 16, chunks, wide, longest, EDGES=not whole, CHUNK=chunk, warps=min(16, t.list_warps * chunk // 1024),
+        stride // 16, chunks, wide, longest, EDGES=not whole, CHUNK=chunk, warps=min(16, t.list_warps * at_once),
     )  # fmt: skip
     if not whole:
         launch(
             edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], stride // 16, wide, longest,
-            WIDTH=t.edge, BLOCK=4096, warps=t.edge_warps,
+            WIDTH=t.edge, BLOCK=t.edge_block, warps=t.edge_warps,
         )  # fmt: skip
     work.gather(s, mask, look, None, s["lists"], wide, 1)

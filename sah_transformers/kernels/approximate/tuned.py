@@ -22,7 +22,8 @@ class Tuning:
             half as many do; its warps.
         levels: whether keys are selected by levels instead; level_bins: levels on the line through a bracket;
             level_warps, list_warps, level_cut_warps: of 1,024 keys of a chunk, of 2**13 counts.
-        edge, edge_warps: keys of an edge that are cut in registers; the program's warps.
+        edge, edge_block, edge_warps: keys of an edge that are cut in registers, keys at once of a longer one; the
+            program's warps.
     """
 
     score_pages: int = 64
@@ -51,6 +52,7 @@ class Tuning:
     list_warps: int = 4
     level_cut_warps: int = 8
     edge: int = 1024
+    edge_block: int = 4096
     edge_warps: int = 8
 
 
