@@ -53,7 +53,8 @@ def few_programs(monkeypatch):
         from sah_transformers.kernels.approximate import pipeline
 
         original = pipeline.tuning_of
-        few = {"head_programs": 8, "group_programs": 8, "samples": 128, "slot": 32, "edge": 32, "edge_block": 64}
+        few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8}
+        few |= {"samples": 128, "slot": 32, "edge": 32, "edge_block": 64}
         monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
 

@@ -73,9 +73,9 @@ def gather_head_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One row, one part of its units, ``UNITS`` at once."""
+    """One row, one part of its units, ``UNITS`` at once; ``EVEN`` parts need not be whole ``UNITS``."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
@@ -91,7 +91,9 @@ def gather_head_kernel(
     p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_r)
     units = listed + tl.cdiv(banded, WIDE)
-    each = tl.cdiv(tl.cdiv(units, splits), UNITS) * UNITS
+    each = tl.cdiv(units, splits)
+    if not EVEN:
+        each = tl.cdiv(each, UNITS) * UNITS
     b_acc = tl.zeros([BDV], tl.float32)
     b_total = tl.zeros([UNITS * WIDE], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
@@ -142,8 +144,8 @@ def gather_group_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
-    STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, one part of its units: the group's heads share what is read."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
@@ -163,7 +165,9 @@ def gather_group_kernel(
     p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_e)
     units = listed + tl.cdiv(banded, WIDE)
-    each = tl.cdiv(tl.cdiv(units, splits), UNITS) * UNITS
+    each = tl.cdiv(units, splits)
+    if not EVEN:
+        each = tl.cdiv(each, UNITS) * UNITS
     b_acc = tl.zeros([BM, BDV], tl.float32)
     b_zero = b_acc + scaling * 0.0  # not a constant: Triton would turn the sum of tiles into one chain
     b_peak, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)

@@ -111,17 +111,37 @@ def level_kernel(
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
         m_v = (o_k >= first_end) & (o_k < last_start) & (b_v != float("-inf"))
-        b_x = tl.where(b_v == b_v, b_v, float("-inf")) - low
-    b_x = tl.minimum(tl.maximum(b_x * scale + (BELOW + 1), BELOW), BINS - 1)  # grows with the value, however rounded
+        b_x = b_v - low
+    b_x = tl.maximum(b_x * scale + (BELOW + 1), BELOW)  # grows with the value, however rounded; NaN is below
+    b_x = tl.minimum(b_x, BINS - 1)
     keep_levels(tl.where(m_v, b_x, 0.0).to(tl.int32), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
 
 
 @triton.jit
 def keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
-    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]``."""
+    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]``; of 16 levels the counts of i
+    and i + 8 to one integer, ``[E, chunks, 8]``."""
     tl.store(levels + i_e.to(tl.int64) * (stride * 16) + i_c * CHUNK + tl.arange(0, CHUNK), b_l.to(tl.uint8))
-    p_n = histogram + (i_e.to(tl.int64) * chunks + i_c) * BINS + tl.arange(0, BINS)
-    tl.store(p_n, tl.histogram(b_l, BINS))
+    i_n = i_e.to(tl.int64) * chunks + i_c
+    if BINS == 16:
+        b_one = tl.full([CHUNK], 1, tl.uint64) << (b_l * 4).to(tl.uint64)
+        b_each = tl.sum(tl.reshape(b_one, (CHUNK // 8, 8)), 1)  # at most 8 in four bits
+        o_n = tl.arange(0, 8)
+        b_each = b_each[None, :] >> (o_n * 4).to(tl.uint64)[:, None]
+        b_pair = (b_each & 15).to(tl.int32) | ((b_each >> 32) & 15).to(tl.int32) << 16
+        tl.store(histogram + i_n * 8 + o_n, tl.sum(b_pair, 1))
+    else:
+        tl.store(histogram + i_n * BINS + tl.arange(0, BINS), tl.histogram(b_l, BINS))
+
+
+@triton.jit
+def counts_of(histogram, i_e, chunks, o_c, BINS: tl.constexpr):
+    """How many keys of chunks ``o_c`` have each level, ``[CHUNKS, BINS]``; level 0 does not count."""
+    o_l = tl.arange(0, BINS)
+    EACH: tl.constexpr = 8 if BINS == 16 else BINS
+    p_n = histogram + (i_e.to(tl.int64) * chunks + o_c[:, None]) * EACH + (o_l % EACH)[None, :]
+    b_n = tl.load(p_n, mask=(o_c < chunks)[:, None] & (o_l > 0)[None, :], other=0)
+    return (b_n >> (o_l // 8 * 16)[None, :]) & 0xFFFF if BINS == 16 else b_n
 
 
 @triton.jit(do_not_specialize=["K", "B", "chunks", "first", "first_share", "last", "last_share", "size", "share"])
@@ -132,9 +152,10 @@ def level_cut_kernel(
 ):  # fmt: skip
     """One of the selection rows, ``ROWS`` of a sequence.
 
-    ``cuts [5, E]``: the lowest level that is taken as a whole, the lowest of which any is taken (the same or one
-    less, the cut's level), keys above, keys left for the cut's level, keys that it has. ``offsets [2, E, chunks]``: listed keys before each chunk and, with
-    ``EDGES``, keys of the edge before it, else how many of the cut's level it takes. ``counts [E]``.
+    ``cuts [5, E]``: the lowest level that is taken as a whole, the lowest of which any is taken (the same or one less,
+    the cut's level), keys above, keys left for the cut's level, keys that it has. ``offsets [2, E, chunks]``: listed
+    keys before each chunk and, with ``EDGES``, keys of the edge before it, else how many of the cut's level it takes.
+    ``counts [E]``.
     """
     i_e = tl.program_id(0)
     E = B * ROWS
@@ -143,8 +164,7 @@ def level_cut_kernel(
     room = size_of(n, size, share)
     o_c, o_l = tl.arange(0, CHUNKS), tl.arange(0, BINS)
     m_c = o_c < chunks
-    p_n = histogram + (i_e.to(tl.int64) * chunks + o_c[:, None]) * BINS + o_l[None, :]
-    b_n = tl.load(p_n, mask=m_c[:, None] & (o_l > 0)[None, :], other=0)
+    b_n = counts_of(histogram, i_e, chunks, o_c, BINS)
     b_level = tl.sum(b_n, 0)
     b_reach = tl.cumsum(b_level, 0, reverse=True)  # keys of this level and above
     whole = tl.maximum(tl.min(tl.where(b_reach <= room, o_l, BINS)), 1)
@@ -184,8 +204,8 @@ def level_list_kernel(
     """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
     without the cut's level, whose keys go behind ``longest``.
 
-    Eight levels at once: below ``count`` and ``sums`` hold in each byte keys above in the lower half, of the cut's
-    level in the upper.
+    Eight levels at once: ``b_count`` and ``b_sums`` hold in each byte keys above, and in its upper half keys of the
+    cut's level.
     """
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     E = tl.num_programs(1)

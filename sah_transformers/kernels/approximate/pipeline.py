@@ -87,6 +87,8 @@ class Work:
         """Parts that a row's keys are attended to in."""
         t = self.tuning
         rows, programs = (self.selections, t.group_programs) if self.shared else (self.all_rows, t.head_programs)
+        if self.shared and isinstance(self.selection, Estimated):
+            programs = t.key_group_programs
         return max(1, min(MOST_SPLITS, programs // rows))
 
     def gather(
@@ -97,6 +99,7 @@ class Work:
         tokens = -(-self.keys // page) * page
         wide = power_of_2(page)
         at_once = t.group_keys if self.shared else t.head_keys
+        even = t.even and isinstance(self.selection, Estimated)
         common = (
             launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
             lists if slots is None else slots, s["sums"], s["peaks"], s["totals"],
@@ -106,6 +109,7 @@ class Work:
         constants = {
             **plan.shape, **plan.dims, **plan.wide, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit,
             "SLOTS": slots is not None, "PAGE": page, "WIDE": wide, "UNITS": max(1, at_once // wide),
+            "EVEN": even,
         }  # fmt: skip
         if self.shared:
             launch(
