@@ -317,16 +317,16 @@ def test_methods_with_several_chunks(name):
 
 
 @kernel_test
-@pytest.mark.parametrize("heavy_size", [1, 83, 84, 85, 1000])
+@pytest.mark.parametrize("heavy_size", [1, 83, 84, 1000])
 @pytest.mark.parametrize(("name", "gqa"), CALLS)
-def test_methods_with_any_budget(name, gqa, heavy_size):
+def test_any_budget(name, gqa, heavy_size):
     """One key, all 84 candidates but one, all, more than there are."""
     generate({**METHODS[name], "gqa": gqa, "heavy_size": heavy_size}, lengths=(96,))
 
 
 @kernel_test
 @pytest.mark.parametrize("name", ["hash_attention", "pq_cache"])
-def test_methods_with_holes_softcap_and_sinks(name):
+def test_holes_softcap_and_sinks_of_methods(name):
     q, k, v = tensors(B=2, H=8, G=2, Q=3, K=100, D=64)
     holes = torch.rand(2, 1, 3, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
     sinks = torch.linspace(-3, 5, 8, device=DEVICE)

@@ -121,7 +121,7 @@ def same(lists, wanted):
     return True
 
 
-BUDGETS = [1, 7, 64, 285, 286, 287, 1000]
+BUDGETS = [1, 64, 285, 286, 1000]
 """Of 300 keys 286 are candidates."""
 DATA = {
     "normal": lambda: normal(2, 300),
