@@ -116,12 +116,13 @@ def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, grouped: b
     """Levels of stored scores, on a line through a bracket of the cut."""
     plan, t = work.plan, work.tuning
     numbers = (work.keys, work.batch, n.stride // 16)
+    more = max(1, min(2, plan.keys // 2**17))
     kinds = {**work.sighted, "H": work.groups if summed else work.heads, "SOFTMAX": grouped}
     work.launch(
         line_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
         s["lines"], *numbers, n.pieces, *work.bands, *work.size,
-        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * max(1, plan.keys // 2**17),
-        HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=t.sample_warps,
+        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * more,
+        HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=min(16, t.sample_warps * more),
     )  # fmt: skip
     work.launch(
         level_kernel, (n.chunks, work.selections, 1), s["scores"], s["ranking"], s["limits"], s["stats"], s["lines"],
@@ -146,7 +147,8 @@ def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any) -> None:
         EDGES=not n.whole, CHUNK=n.chunk, warps=min(16, t.list_warps * n.at_once),
     )  # fmt: skip
     if not n.whole:
+        more = max(1, min(4, plan.keys // 2**18))
         work.launch(
             edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], n.stride // 16, wide, n.longest,
-            WIDTH=t.edge, BLOCK=t.edge_block, warps=t.edge_warps,
+            WIDTH=t.edge * more, BLOCK=t.edge_block, warps=min(16, t.edge_warps * more),
         )  # fmt: skip

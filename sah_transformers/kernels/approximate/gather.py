@@ -102,6 +102,8 @@ def gather_head_kernel(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, first_end,
             last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
+        if EVEN:
+            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
         o_k = o_k[:, None].to(tl.int64)
         b_k = tl.load(p_k + o_k * (sk_k * UNIT) + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
         b_v = tl.load(p_v + o_k * (sv_k * UNIT) + o_e[None, :], mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
@@ -176,6 +178,8 @@ def gather_group_kernel(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, first_end,
             last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
+        if EVEN:
+            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
         p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
         p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
         b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
