@@ -16,6 +16,7 @@ from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
 
 ONES, TOPS = tl.constexpr(0x0101010101010101), tl.constexpr(0x8080808080808080)
+ALL = tl.constexpr(0xFFFFFFFFFFFFFFFF)
 BELOW = tl.constexpr(1)
 """The level of candidates below the bracket; those above it have the highest."""
 
@@ -194,7 +195,7 @@ def at_least(b_x, level):
     """The top bit of each byte of uint64 ``b_x`` that is ``level`` (0 to 255) or more."""
     level = level.to(tl.uint64) * ONES
     b_rest = (b_x | TOPS) - (level & (TOPS - ONES))
-    return ((b_x & ~level) | (~(b_x ^ level) & b_rest)) & TOPS
+    return ((b_x & (level ^ ALL)) | ((b_x ^ level ^ ALL) & b_rest)) & TOPS
 
 
 @triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
