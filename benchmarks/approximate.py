@@ -1,6 +1,9 @@
 """Stages of the decode kernels that select by side data, and what their launch parameters do: for tuning on a GPU.
 
-python -m benchmarks.approximate [--variants]
+    python -m benchmarks.approximate [NUMBERS OF CASES] [--variants] [--keys]
+
+``--variants``: also with other launch parameters, the outputs compared; ``--keys``: keys by their exact score instead
+of the cases' methods, by levels and by brackets. Cases are numbered as the suite lists them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import dot
 from sah_transformers.selections import Estimated, Selection
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
+PAGES: dict[str, list[dict[str, Any]]] = {
     "head": [{"select_warps": 16}],
     "group": [
         {"select_warps": 8, "select_scores": 2**14},
@@ -32,6 +35,40 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"select_warps": 8, "select_scores": 2**13},
     ],
 }
+BRACKETED: dict[str, Any] = {"levels": False, "even": False, "key_group_programs": 396}
+"""Keys selected as before levels, attended to in parts of whole tiles."""
+KEYS: dict[str, list[dict[str, Any]]] = {
+    "both": [
+        BRACKETED,
+        {"level_bins": 64, "edge": 512, "edge_warps": 4},
+        {"samples": 512},
+        {"samples": 2048},
+        {"sample_warps": 4},
+        {"chunk": 2048},
+        {"chunk": 512},
+        {"level_warps": 2},
+        {"level_warps": 8},
+        {"list_warps": 2},
+        {"level_cut_warps": 4},
+        {"level_cut_warps": 16},
+        {"edge_warps": 4},
+        {"edge_warps": 16},
+    ],
+    "head": [{"even": False}, {"head_programs": 1716}, {"head_programs": 2048}],
+    "group": [
+        {"even": False, "key_group_programs": 396},
+        {"key_group_programs": 512, "group_keys": 32},
+        {"key_group_programs": 512, "group_keys": 128, "group_stages": 1},
+        {"key_group_programs": 512, "group_stages": 1},
+        {"key_group_programs": 396},
+        {"key_group_programs": 264, "group_stages": 3},
+    ],
+}
+
+
+def variants_of(config: TopKMaskerConfig) -> list[dict[str, Any]]:
+    """Changes of the tuning that matter to a case."""
+    return PAGES[config.gqa] if config.type == "quest" else KEYS["both"] + KEYS[config.gqa]
 
 
 class Ranked(TopKMasker):
@@ -62,7 +99,8 @@ def measure_keys(case: Case, whole: bool, changes: dict[str, Any]) -> None:
     pipeline.tuning_of = original
 
 
-def measure(case: Case, changes: dict[str, Any], dense: bool, stages: bool) -> None:
+def measure(case: Case, changes: dict[str, Any], dense: bool, expected: torch.Tensor | None) -> torch.Tensor | None:
+    """Print times of a step and its stages, and how far its output is from ``expected``; returns the output."""
     original = pipeline.tuning_of
     PLANS.clear()
     pipeline.tuning_of = lambda *sizes: replace(original(*sizes), **changes)
@@ -76,11 +114,14 @@ def measure(case: Case, changes: dict[str, Any], dense: bool, stages: bool) -> N
         sides = {"ours": ours, "append": step.call, **(dense_functions(inputs) if dense else {})}
         times = compare(sides, True, 0.3)
         found = {name: round(each.p50 * 1e3, 1) for name, each in times.items()}
-        print(case.label, changes, found, {each.method for each in times.values()}, flush=True)
-        if stages:
-            print("   ", stage_us(ours, True), flush=True)
+        out = ours().float()
+        apart = 0.0 if expected is None else ((out - expected).norm() / expected.norm()).item()
+        print(case.label, changes, found, {each.method for each in times.values()}, f"apart {apart:.1e}", flush=True)
+        print("   ", stage_us(ours, True), flush=True)
+        return out
     except Exception as error:
         print(case.label, changes, f"{type(error).__name__}: {str(error)[:200]}", flush=True)
+        return None
     finally:
         pipeline.tuning_of = original
 
@@ -94,12 +135,13 @@ def main() -> None:
             assert isinstance(config, TopKMaskerConfig)
             if "--keys" in sys.argv:
                 for whole in (False, True):
-                    measure_keys(case, whole, {})
-            else:
-                measure(case, {}, dense=True, stages=True)
+                    for changes in ({}, BRACKETED):
+                        measure_keys(case, whole, changes)
+                continue
+            out = measure(case, {}, dense=True, expected=None)
             if "--variants" in sys.argv:
-                for changes in VARIANTS[config.gqa]:
-                    measure(case, changes, dense=False, stages=True)
+                for changes in variants_of(config):
+                    measure(case, changes, dense=False, expected=out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 Prints one short table: microseconds of CUDA-graph replays over as many copies of the side data as do not fit into the
 cache. ``peaks``: scores and peaks alone; ``masses``: with masses; ``bins``: with a histogram of a tenth of the keys.
+HashAttention's levels and their counts, which take the place of scores, are timed by chunk and warps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from sah_transformers.bench.timing import compare
-from sah_transformers.kernels.approximate.launch import Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Levels, Scoring, Tile
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.maskers.channel_file import write_channels
@@ -174,6 +175,34 @@ def rest_us(case: Case, summed: bool) -> tuple[float, float]:
     return looked, replay_us(append) / 10
 
 
+def level_us(case: Case, summed: bool, chunk: int, warps: int, truth: torch.Tensor) -> float:
+    """Of levels in place of scores, which are checked."""
+    given, launch, keys = case.given, Direct(), case.k.shape[2]
+    call = call_of(case, Tile(chunk, 1, warps), summed, "peaks", None)
+    most = case.module.levels(call, given)
+    bins = 1 << max(6, most.bit_length())
+    rows, chunks = len(call.scores), call.stride // chunk
+    cut = Levels(
+        torch.empty(rows, call.stride, dtype=torch.uint8, device="cuda"),
+        torch.empty(rows, chunks, bins, dtype=torch.int32, device="cuda"), chunk, bins, warps,
+    )  # fmt: skip
+    scratch = scratch_of(case, call, given)
+    case.module.look_up(launch, call, case.sides[0], given, scratch)
+    case.module.level(launch, call, case.sides[0], given, scratch, cut)
+    wanted = torch.nn.functional.pad((truth.flatten(0, 2) + most + 1) // 2, (0, call.stride - keys)).to(torch.uint8)
+    wanted[:, :128] = 0
+    wanted[:, keys - 128 :] = 0
+    assert torch.equal(cut.levels, wanted), "levels differ from the masker's scores"
+    counts = torch.nn.functional.one_hot(wanted[:2].long().unflatten(1, (chunks, chunk)), bins).sum(2)
+    assert torch.equal(cut.histogram[:2].long(), counts), "counts of levels differ"
+
+    def run() -> None:
+        for side in case.sides:
+            case.module.level(launch, call, side, given, scratch, cut)
+
+    return replay_us(run) / len(case.sides)
+
+
 def report(case: Case, label: str, summed: bool) -> None:
     truth = truth_of(case, summed)
     best: tuple[float, str] | None = None
@@ -189,6 +218,10 @@ def report(case: Case, label: str, summed: bool) -> None:
         print(f"{tile.keys}x{tile.count}w{tile.warps} {text}", end="; ", flush=True)
         if best is None or times[0] < best[0]:
             best = times[0], f"{tile.keys}x{tile.count}w{tile.warps}"
+    if case.masker.config.type == "hash_attention":
+        cuts = [(1024, 4), (1024, 2), (1024, 8), (2048, 8), (2048, 4), (4096, 8), (512, 2)]
+        found = "; ".join(f"{c}w{w} {level_us(case, summed, c, w, truth):.1f}" for c, w in cuts)
+        print(f"\n  levels: {found}", end="")
     looked, appended = rest_us(case, summed)
     print(f"\n  best {best}, look-up {looked:.1f}, append {appended:.1f}", flush=True)
 

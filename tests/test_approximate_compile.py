@@ -50,7 +50,7 @@ def launches(
     summed=False, apart=True,
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
-    from sah_transformers.kernels.approximate.launch import Scoring
+    from sah_transformers.kernels.approximate.launch import Levels, Scoring
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
     recorded = []
@@ -74,6 +74,11 @@ def launches(
     scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)
+    levels = module.levels(call, given)
+    if levels:
+        arrays = tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)
+        bins = 1 << max(6, levels.bit_length())
+        module.level(Recorder(), call, side, given, scratch, Levels(*arrays, tile.span, bins, tile.warps))
     original, module.Direct, module.no_kernels = (module.Direct, module.no_kernels), Recorder, lambda tensor: ""
     try:
         new = tensor(B, G, 1, D, dtype=dtype)

@@ -53,7 +53,8 @@ def few_programs(monkeypatch):
         from sah_transformers.kernels.approximate import pipeline
 
         original = pipeline.tuning_of
-        few = {"head_programs": 8, "group_programs": 8, "samples": 128, "slot": 32}
+        few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8}
+        few |= {"samples": 128, "slot": 32, "edge": 32, "edge_block": 64}
         monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
 
@@ -313,6 +314,43 @@ def test_methods_with_ties(name, gqa, data):
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_with_several_chunks(name):
     generate(METHODS[name], lengths=(2400, 2401), D=32)
+
+
+@kernel_test
+@pytest.mark.parametrize("heavy_size", [1, 83, 84, 1000])
+@pytest.mark.parametrize(("name", "gqa"), CALLS)
+def test_any_budget(name, gqa, heavy_size):
+    """One key, all 84 candidates but one, all, more than there are."""
+    generate({**METHODS[name], "gqa": gqa, "heavy_size": heavy_size}, lengths=(96,))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ["hash_attention", "pq_cache"])
+def test_holes_softcap_and_sinks_of_methods(name):
+    q, k, v = tensors(B=2, H=8, G=2, Q=3, K=100, D=64)
+    holes = torch.rand(2, 1, 3, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    sinks = torch.linspace(-3, 5, 8, device=DEVICE)
+    for gqa in ("head", "group"):
+        check(call_of(LONG[f"{name} {gqa}"], q, k, v, attention_mask=holes, is_causal=False, softcap=3.0, sinks=sinks))
+
+
+@kernel_test
+@pytest.mark.parametrize("gqa", ["head", "group"])
+@pytest.mark.parametrize("bits", [64, 160])
+def test_long_hashes(bits, gqa):
+    """160 bits of two heads are more levels than a byte holds: their scores are cut as numbers."""
+    generate({**METHODS["hash_attention"], "hat_bits": bits, "gqa": gqa}, lengths=(120,))
+
+
+@kernel_test
+@pytest.mark.parametrize("data", ["normal", "duplicates"])
+@pytest.mark.parametrize("stack", ["keys", "group keys"])
+def test_cut_by_brackets(stack, data, monkeypatch):
+    from sah_transformers.kernels.approximate import pipeline
+
+    tuning_of = pipeline.tuning_of
+    monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(tuning_of(*sizes), levels=False))
+    check(call_of(STACKS[stack], *tensors(H=2, G=1, K=2500, D=16, data=data)))
 
 
 @gpu_test

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,6 +29,11 @@ FORMS = {
     "bf16": {"dtype": torch.bfloat16},
     "float32 D=80": {"dtype": torch.float32, "D": 80},
     "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
+}
+KEYS = {
+    "2,097,152 keys": {"K": 2**21},
+    "more levels": {"level_bins": 64},
+    "bracketed": {"levels": False},
 }
 ESTIMATES = {"hash_attention": "sum", "double_sparsity": "softmax", "pq_cache": "softmax", "socket": "sum"}
 SIDE = {
@@ -96,7 +101,9 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
     return recorded
 
 
-def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
+def side_launches(
+    stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None, **tuning
+):
     """What one decode call with a selection by side data would launch, the append included."""
     from sah_transformers.kernels import append
     from sah_transformers.kernels.approximate import pipeline
@@ -137,6 +144,8 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
         q=tensor(B, H, Q, D), k=keys, v=tensor(B, G, K, D), mask=mask, sinks=tensor(H) if masked else None,
         causal=True, scaling=0.1, softcap=softcap, least=0, stack=read.stack,
     )  # fmt: skip
+    tuning_of = pipeline.tuning_of
+    pipeline.tuning_of = lambda *sizes: replace(tuning_of(*sizes), **tuning)
     launcher, pipeline.Launcher = pipeline.Launcher, Recorder
     launch_once, append.Direct = append.Direct, Direct
     try:
@@ -148,7 +157,7 @@ def side_launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=
             append.fold(side["low"], side["high"], keys, span, positions, selection.size)
             append.follow(length, span, positions, mask[:, 0].expand(B, -1), 1)
     finally:
-        pipeline.Launcher, append.Direct = launcher, launch_once
+        pipeline.tuning_of, pipeline.Launcher, append.Direct = tuning_of, launcher, launch_once
     return recorded
 
 
@@ -225,8 +234,12 @@ def main(architectures, verbose):
                     used = resources(result) if verbose else ""
                     print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
         for stack, chosen in SIDE.items():
-            method = isinstance(chosen, tuple) and chosen[1] != "exact"  # in all forms: `test_approximate_compile.py`
-            for form, options in [("bf16", {})] if method else FORMS.items():
+            forms = FORMS
+            if isinstance(chosen, tuple) and chosen[1] != "exact":
+                forms = {"bf16": {}}  # in all forms: `test_approximate_compile.py`
+            elif isinstance(chosen, tuple):
+                forms = {**FORMS, **KEYS}
+            for form, options in forms.items():
                 for launch in side_launches(stack, **options):
                     result = compiled(launch, architecture)
                     used = resources(result) if verbose else ""

@@ -174,6 +174,8 @@ def _on(layer: int, side: str, device: torch.device, path: str, changed: int, si
                 tensor = file.get_tensor(name)
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{where}: {name} must be finite, it holds NaN or Inf")
+                if kind == "weight":
+                    tensor = tensor.mT.contiguous().mT  # a row of the storage per input: kernels add them up
                 pair.append(tensor.to(device))
             pairs.append((pair[0], pair[1]))
     return tuple(pairs)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import NO_CANDIDATE, cut_of, rankable
-from sah_transformers.kernels.decode.bracket import count_bracket, row_totals, sample_position
+from sah_transformers.kernels.approximate.levels import sampled_bracket
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
 
@@ -33,37 +33,11 @@ def bracket_kernel(
 ):  # fmt: skip
     """Bracket ``edges [2, E]`` of a selection row's cut, from sampled scores; for ``REDUCE == "softmax"`` also the
     heads' ``stats [3, R]``: peak and mass of the row."""
-    i_e = tl.program_id(0)
-    R = B * H * Q
-    E = R if REDUCE == "none" else B * G * Q
-    i_q, i_b = i_e % Q, i_e // (E // B)
-    n, first_end, last_start = limits_of(
-        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
-    )
-    last_start = tl.maximum(last_start, first_end)
-    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
-    m_k = (o_k < last_start) & (o_k < K)
-    if REDUCE == "none":
-        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
-        m_k = m_k & (b_v > float("-inf"))
-    else:
-        o_h = tl.arange(0, HEADS)
-        m_h = o_h < H // G
-        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
-        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
-        b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
-        m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
-        if REDUCE == "softmax":
-            peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
-            b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
-        else:
-            b_v = tl.sum(tl.where(m_h[:, None], b_s, 0.0), 0)
-    if REDUCE == "softmax":
-        b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
-    wanted = size_of(n, size, share)
-    candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
-    low, high = count_bracket(b_v, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
-    bad = (low != low) | (high != high) | (tl.sum(m_k.to(tl.int32)) == 0)
+    i_e, E = tl.program_id(0), tl.num_programs(0)
+    low, high, bad = sampled_bracket(
+        scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size,
+        share, H, G, Q, CAUSAL, MASKED, REDUCE == "softmax", CHUNKS, SAMPLES, HEADS,
+    )  # fmt: skip
     if REDUCE == "softmax":
         low, high = tl.where(bad, 0.0, tl.maximum(low, 0.0)), tl.where(bad, 0.0, tl.minimum(high, 2.1e9))
         low, high = tl.floor(low).to(tl.int32), tl.floor(high).to(tl.int32) + 1

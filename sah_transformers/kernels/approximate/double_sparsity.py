@@ -77,6 +77,11 @@ def score(
     )  # fmt: skip
 
 
+def levels(call: Scoring, given: Given) -> int:
+    """0: scores are no whole numbers."""
+    return 0
+
+
 def append(
     buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:

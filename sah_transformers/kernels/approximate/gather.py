@@ -73,9 +73,9 @@ def gather_head_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One row, one part of its units, ``UNITS`` at once."""
+    """One row, one part of its units, ``UNITS`` at once; ``EVEN`` parts need not be whole ``UNITS``."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
@@ -91,7 +91,9 @@ def gather_head_kernel(
     p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_r)
     units = listed + tl.cdiv(banded, WIDE)
-    each = tl.cdiv(tl.cdiv(units, splits), UNITS) * UNITS
+    each = tl.cdiv(units, splits)
+    if not EVEN:
+        each = tl.cdiv(each, UNITS) * UNITS
     b_acc = tl.zeros([BDV], tl.float32)
     b_total = tl.zeros([UNITS * WIDE], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
@@ -100,6 +102,8 @@ def gather_head_kernel(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, first_end,
             last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
+        if EVEN:
+            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
         o_k = o_k[:, None].to(tl.int64)
         b_k = tl.load(p_k + o_k * (sk_k * UNIT) + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
         b_v = tl.load(p_v + o_k * (sv_k * UNIT) + o_e[None, :], mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
@@ -142,8 +146,8 @@ def gather_group_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
-    STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, one part of its units: the group's heads share what is read."""
     i_s, i_e = tl.program_id(0), tl.program_id(1)
@@ -163,7 +167,9 @@ def gather_group_kernel(
     p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_e)
     units = listed + tl.cdiv(banded, WIDE)
-    each = tl.cdiv(tl.cdiv(units, splits), UNITS) * UNITS
+    each = tl.cdiv(units, splits)
+    if not EVEN:
+        each = tl.cdiv(each, UNITS) * UNITS
     b_acc = tl.zeros([BM, BDV], tl.float32)
     b_zero = b_acc + scaling * 0.0  # not a constant: Triton would turn the sum of tiles into one chain
     b_peak, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
@@ -172,6 +178,8 @@ def gather_group_kernel(
             lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, first_end,
             last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
+        if EVEN:
+            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
         p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
         p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
         b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)

@@ -1,9 +1,10 @@
 """HashAttention: 32 bits of a learned hash per word, key and query head; the score counts the bits that agree.
 
-Per key and query head 4 bytes are read and 4 written; 68 instructions, 50 of them the tail that all scoring kernels
-share. 33.6 MB are 11 us, the instructions 10 us, side by side: **13 to 16 us**. ``summed``: 21 MB, 7 us, and 28
-instructions: **8 to 10 us**. The hashes of the queries, and of a new key, are one launch of 5 to 8 us each: three
-layers in float64, one program per head and key.
+Levels (`levels.py`) take the place of scores: per key and query head 4 bytes are read and 1 written, 21 MB, 7 us; 63
+instructions, most of them Triton 3.6's histogram: **11 to 13 us**. ``summed``: 18 MB, 6 us: **7 to 9 us**. Scores,
+where a byte does not hold the levels: 4 bytes read and 4 written; 68 instructions, 50 of them the tail that all scoring
+kernels share: **13 to 16 us**, ``summed`` **8 to 10 us**. The hashes of the queries, and of a new key, are one launch
+of 5 to 6 us each: three layers in float64, one program per head and key, 1,456 instructions.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.launch import MOST_ROWS, Levels, Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.levels import keep_levels
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
+from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -82,6 +85,30 @@ def score(
     )  # fmt: skip
 
 
+def levels(call: Scoring, given: Given) -> int:
+    """Candidates have so many levels, whole numbers from 1 on; 0: more than a byte holds, or not these are ranked."""
+    most = given.bits * (call.q.shape[1] // call.groups if call.summed else 1) + 1
+    return most if most < 255 and not call.masses_too else 0
+
+
+def level(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], cut: Levels
+) -> None:
+    """Levels in place of scores: one more than the bits that agree."""
+    kept = side["hash"]
+    unit = unit_of(kept)
+    batch, _, rows, _ = call.q.shape
+    launch(
+        hash_level_kernel, (call.stride // cut.chunk, batch * call.groups * call.in_group, 1),
+        launch.address(kept), s["query_hash"], call.mask, call.limits, cut.levels, cut.histogram,
+        call.keys, batch, call.stride // 16, call.stride // cut.chunk, *call.look, *call.bands,
+        *steps(kept, unit), kept.stride(3),
+        H=call.q.shape[1], G=call.groups, Q=rows, CAUSAL=call.causal, MASKED=call.masked,
+        SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed, STEP=kept.stride(2), UNIT=unit,
+        CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
+    )  # fmt: skip
+
+
 def append(
     buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:
@@ -104,7 +131,7 @@ def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, 
     first, second, bits = (bias.shape[1] for _, bias in mlp)
     launch(
         hash_kernel, (max(heads, sets), batch * n, 1),
-        launch.address(x), *(launch.address(t.contiguous()) for pair in mlp for t in pair),
+        launch.address(x), *(launch.address(t.contiguous()) for weight, bias in mlp for t in (weight.mT, bias)),
         launch.address(out) if isinstance(out, torch.Tensor) else out, start,
         n, *x.stride()[:3], *strides,
         HEADS=heads, SETS=sets, D=dim, H0=first, H1=second, BITS=bits, POINT=isinstance(span, torch.Tensor),
@@ -113,13 +140,18 @@ def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, 
 
 
 @triton.jit
-def layer_of(b_x, weight, bias, i_s, IN: tl.constexpr, OUT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
-    """``weight[i_s] @ x + bias[i_s]`` in float64; ``b_x [BI]`` is 0 beyond ``IN``."""
+def layer_of(weight, bias, i_s, IN: tl.constexpr, OUT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
+    """Weights ``[BI, BO]`` and biases ``[BO]`` of a layer, 0 beyond its sizes; ``weight [S, IN, OUT]``."""
     o_i, o_o = tl.arange(0, BI), tl.arange(0, BO)
-    p_w = weight + i_s * (IN * OUT) + o_o[:, None] * IN + o_i[None, :]
-    b_w = tl.load(p_w, mask=(o_o < OUT)[:, None] & (o_i < IN)[None, :], other=0.0).to(tl.float64)
-    b_b = tl.load(bias + i_s * OUT + o_o, mask=o_o < OUT, other=0.0).to(tl.float64)
-    return tl.sum(b_w * b_x[None, :], 1) + b_b
+    p_w = weight + i_s * (IN * OUT) + o_i[:, None] * OUT + o_o[None, :]
+    b_w = tl.load(p_w, mask=(o_i < IN)[:, None] & (o_o < OUT)[None, :], other=0.0)
+    return b_w, tl.load(bias + i_s * OUT + o_o, mask=o_o < OUT, other=0.0)
+
+
+@triton.jit
+def through(b_x, b_w, b_b):
+    """``x @ w + b`` in float64."""
+    return tl.sum(b_w.to(tl.float64) * b_x[:, None], 0) + b_b.to(tl.float64)
 
 
 @triton.jit
@@ -138,15 +170,18 @@ def hash_kernel(
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
     i_s, i_x = i_h // (MOST // SETS), i_h // (MOST // HEADS)
+    b_w0, b_b0 = layer_of(w0, b0, i_s, D, H0, BD, B0)  # all are under way before the first is needed
+    b_w1, b_b1 = layer_of(w1, b1, i_s, H0, H1, B0, B1)
+    b_w2, b_b2 = layer_of(w2, b2, i_s, H1, BITS, B1, BB)
     o_d = tl.arange(0, BD)
     begin = tl.load(span) if POINT else span
     end = tl.load(span + 1) if POINT else span + n
     for i_k in tl.range(begin + i_n, end, n):
         p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + tl.cast(i_k, tl.int64) * sx_n
         b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-        b_x = silu(layer_of(b_x, w0, b0, i_s, D, H0, BD, B0))
-        b_x = silu(layer_of(b_x, w1, b1, i_s, H0, H1, B0, B1))
-        b_x = layer_of(b_x, w2, b2, i_s, H1, BITS, B1, BB)
+        b_x = silu(through(b_x, b_w0, b_b0))
+        b_x = silu(through(b_x, b_w1, b_b1))
+        b_x = through(b_x, b_w2, b_b2)
         o = tl.arange(0, BB)
         b_bit = ((b_x >= 0) & (o < BITS)).to(tl.int32) << (o % 32)
         b_word = tl.sum(tl.reshape(b_bit, (BB // 32, 32)), 1)
@@ -199,3 +234,40 @@ def hash_score_kernel(
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
     close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sh_b", "sh_s",
+        "sh_w",
+    ]
+)  # fmt: skip
+def hash_level_kernel(
+    kept, query_hash, mask, limits, levels, histogram,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sh_b, sh_s, sh_w,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SETS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One selection row, one chunk of keys: levels of the candidates, and how many of them each level has."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    HEADS: tl.constexpr = H // G if SUM else 1  # added up
+    ROWS: tl.constexpr = H // HEADS * Q
+    i_b, i_q = i_e // ROWS, i_e % Q
+    _, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    b_l = tl.full([CHUNK], HEADS * BITS + 1, tl.int32)
+    for i_h in tl.static_range(HEADS):
+        o_h = i_e // Q % (H // HEADS) * HEADS + i_h
+        p_k = kept + i_b.to(tl.int64) * (sh_b * UNIT) + (o_h // (H // SETS)).to(tl.int64) * (sh_s * UNIT)
+        for i_w in tl.static_range(WORDS):
+            b_q = tl.load(query_hash + ((i_b * H + o_h) * Q + i_q) * WORDS + i_w)
+            b_k = tl.load(p_k + i_w * sh_w + o_k.to(tl.int64) * STEP, mask=o_k < end_of(K, UNIT), other=0)
+            b_l -= bits_set(b_q ^ b_k)
+    m_k = (o_k >= first_end) & (o_k < last_start) & (o_k < tl.minimum(reach_of(i_q, K, Q, CAUSAL), K))
+    if MASKED:
+        p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
+        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+    keep_levels(tl.where(m_k, b_l, 0), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)

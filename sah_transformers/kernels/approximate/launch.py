@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,22 @@ class Tile:
     @property
     def span(self) -> int:
         return self.keys * self.count
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where candidates' levels go, and how rows are cut into programs.
+
+    Attributes:
+        levels: uint8 ``[R, stride]``, 0 where no candidate is; histogram: int32 ``[R, chunks, bins]``.
+        chunk, warps: keys and warps of a program; bins: a power of two above the highest level.
+    """
+
+    levels: Any
+    histogram: Any
+    chunk: int
+    bins: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,17 @@ class Scoring:
     masses_too: bool
     bins: int
     summed: bool = False
+
+    def long(self, stride: int) -> Scoring:
+        """The call with rows of ``stride``."""
+        return replace(self, stride=stride)
+
+    def on(self, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
+        """The call with its arrays, once their sizes are known: ``limits``, ``peaked``, ``masses``, ``scores``."""
+        return replace(
+            self, mask=mask, look=look, limits=s["limits"], lines=s["unused"], scores=s["scores"],
+            histogram=s["unused"], peaks=s["peaked"], aboves=s["unused"], masses=s["masses"],
+        )  # fmt: skip
 
     @property
     def groups(self) -> int:

@@ -8,6 +8,9 @@ A method is a module with the same constant and functions:
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
 - ``score(launch, call, side, given, scratch, tile)``: what `decode.score.score_kernel` does, with estimates from side
   data in place of ``q.k``: the same outputs, with the same meaning.
+- ``levels(call, given)``: in how many levels, from 1 on, candidates are ranked where scores are few whole numbers, else
+  0; ``level(launch, call, side, given, scratch, cut)``, where there are some: they go where ``cut``, a `launch.Levels`,
+  says, in place of scores.
 - ``append(buffers, keys, values, span, given)``: side data of the keys in a `place.Span`, in place.
 
 ``call`` is a `launch.Scoring`, ``launch`` a `decode.kernel.Launcher`. ``side`` holds the masker's tensors

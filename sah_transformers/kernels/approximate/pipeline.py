@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sah_transformers.kernels.approximate.by_levels import attend_by_levels
 from sah_transformers.kernels.approximate.cut import bracket_kernel, cut_kernel, emit_kernel, list_kernel
 from sah_transformers.kernels.approximate.gather import gather_group_kernel, gather_head_kernel
 from sah_transformers.kernels.approximate.launch import Given, Scoring, Tile, form_of
@@ -86,6 +87,8 @@ class Work:
         """Parts that a row's keys are attended to in."""
         t = self.tuning
         rows, programs = (self.selections, t.group_programs) if self.shared else (self.all_rows, t.head_programs)
+        if self.shared and isinstance(self.selection, Estimated):
+            programs = t.key_group_programs
         return max(1, min(MOST_SPLITS, programs // rows))
 
     def gather(
@@ -96,6 +99,7 @@ class Work:
         tokens = -(-self.keys // page) * page
         wide = power_of_2(page)
         at_once = t.group_keys if self.shared else t.head_keys
+        even = t.even and isinstance(self.selection, Estimated)
         common = (
             launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
             lists if slots is None else slots, s["sums"], s["peaks"], s["totals"],
@@ -105,6 +109,7 @@ class Work:
         constants = {
             **plan.shape, **plan.dims, **plan.wide, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit,
             "SLOTS": slots is not None, "PAGE": page, "WIDE": wide, "UNITS": max(1, at_once // wide),
+            "EVEN": even,
         }  # fmt: skip
         if self.shared:
             launch(
@@ -212,7 +217,7 @@ def attend_keys(work: Work) -> None:
         }
     )  # fmt: skip
     mask, look = see(x, plan, launch, s["limits"])
-    scoring = with_arrays(scoring, s, mask, look)
+    scoring = scoring.on(s, mask, look)
     of_method = {name: s[name] for name in own}
     method.look_up(launch, scoring, work.side, work.given, of_method)
     method.score(launch, scoring, work.side, work.given, of_method, tile)
@@ -248,14 +253,6 @@ def attend_keys(work: Work) -> None:
     work.gather(s, mask, look, None, s["lists"], longest, 1)
 
 
-def with_arrays(scoring: Scoring, s: dict[str, Any], mask: Any, look: tuple[int, int, int]) -> Scoring:
-    """The scoring with its arrays, once their sizes are known."""
-    return replace(
-        scoring, mask=mask, look=look, limits=s["limits"], lines=s["unused"], scores=s["scores"],
-        histogram=s["unused"], peaks=s["peaked"], aboves=s["unused"], masses=s["masses"],
-    )  # fmt: skip
-
-
 def attend_rows(
     x: Inputs, selection: Pages | Estimated, side: dict[str, torch.Tensor], given: Any, positions: torch.Tensor | None
 ) -> torch.Tensor:
@@ -269,8 +266,9 @@ def attend_rows(
     if POISON:
         out.fill_(float("nan"))
     work = Work(x, selection, side, given, positions, plan, Launcher(plan, x.q.device), out)
+    attend_best = attend_by_levels if work.tuning.levels else attend_keys
     try:
-        (attend_pages if isinstance(selection, Pages) else attend_keys)(work)
+        (attend_pages if isinstance(selection, Pages) else attend_best)(work)
     except Exception:
         plan.compiled.clear()  # half a plan would be taken for a whole one
         raise

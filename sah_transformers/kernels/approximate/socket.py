@@ -121,6 +121,11 @@ def run_of(tables: int, planes: int) -> int:
     return fits[-1]
 
 
+def levels(call: Scoring, given: Given) -> int:
+    """0: scores are no whole numbers."""
+    return 0
+
+
 def append(
     buffers: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, span: Span, given: Given
 ) -> None:

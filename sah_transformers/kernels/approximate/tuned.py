@@ -16,10 +16,15 @@ class Tuning:
         flag_pages: pages per program that looks a mask up.
         head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
             registers per thread at most.
-        group_keys, group_warps, group_programs, group_stages: the same of a group.
+        group_keys, group_warps, group_programs, group_stages: the same of a group; key_group_programs: programs for
+            lists of single keys; even: whether parts of these are equal instead of whole multiples of keys at once.
         samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
         slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
             half as many do; its warps.
+        levels: whether keys are selected by levels instead; level_bins: levels on the line through a bracket, 16
+            or more; level_warps, list_warps, level_cut_warps: of 1,024 keys of a chunk, of 2**13 counts.
+        edge, edge_block, edge_warps: keys of an edge that are cut in registers, keys at once of a longer one; the
+            program's warps.
     """
 
     score_pages: int = 64
@@ -36,12 +41,22 @@ class Tuning:
     group_warps: int = 4
     group_programs: int = 396
     group_stages: int = 2
+    key_group_programs: int = 512
+    even: bool = True
     samples: int = 1024
     sample_warps: int = 8
     chunk: int = 1024
     chunk_warps: int = 4
     slot: int = 256
     cut_warps: int = 16
+    levels: bool = True
+    level_bins: int = 16
+    level_warps: int = 4
+    list_warps: int = 4
+    level_cut_warps: int = 8
+    edge: int = 2048
+    edge_block: int = 4096
+    edge_warps: int = 8
 
 
 def tuning_of(itemsize: int, dim: int) -> Tuning:

@@ -1,0 +1,154 @@
+"""The launches of one call that attends to the keys with the best estimated scores, found by levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sah_transformers.kernels.approximate.launch import Levels, Scoring, Tile
+from sah_transformers.kernels.approximate.levels import (
+    edge_kernel,
+    level_cut_kernel,
+    level_kernel,
+    level_list_kernel,
+    line_kernel,
+)
+from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.decode.kernel import power_of_2, see
+from sah_transformers.selections import Estimated
+
+if TYPE_CHECKING:
+    from sah_transformers.kernels.approximate.pipeline import Work
+
+F32, I32, U8 = torch.float32, torch.int32, torch.uint8
+
+MOST_COUNTS = 2**15
+"""Counts of levels in all chunks of a row: one program holds them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the arrays of a call.
+
+    Attributes:
+        whole: whether scores are few whole numbers, which are their levels; then nothing is kept of scores.
+        bins: levels; chunk, chunks: keys of a program that walks a row, programs of a row.
+        stride: length of a row of scores or levels; longest: of a list; pieces: programs that score a row.
+    """
+
+    whole: bool
+    bins: int
+    chunk: int
+    chunks: int
+    stride: int
+    longest: int
+    pieces: int
+
+    @property
+    def counted(self) -> int:
+        """Integers that hold the counts of a chunk."""
+        return 8 if self.bins == 16 else self.bins
+
+    @property
+    def at_once(self) -> int:
+        """Thousands of keys in a chunk."""
+        return max(1, self.chunk // 1024)
+
+    def wide(self, keys: int) -> int:
+        """Length of a list with room for its edge."""
+        return self.longest + (0 if self.whole else keys)
+
+
+def sizes_of(work: Work, levels: int, tile: Tile) -> Sizes:
+    """``levels``: how many a method's scores are, 0 if they are no whole numbers."""
+    t, budget = work.tuning, work.x.stack.size
+    bins = power_of_2(max(64, levels + 1)) if levels else t.level_bins
+    chunk = max(t.chunk * max(1, bins // 128), work.plan.keys * bins // MOST_COUNTS)
+    span = chunk if levels else max(chunk, tile.span)
+    stride = -(-work.keys // span) * span
+    longest = min(work.keys, max(budget[0], int(budget[1] * work.keys)) + 1)
+    return Sizes(levels > 0, bins, chunk, -(-work.keys // chunk), stride, longest, stride // tile.span)
+
+
+def attend_by_levels(work: Work) -> None:
+    """Levels of the keys, the cut of each row, attention over what is listed."""
+    x, selection = work.x, work.selection
+    assert isinstance(selection, Estimated)
+    method = method_of(selection.estimate)
+    tile: Tile = method.TILES[0]
+    grouped = selection.group and selection.reduce == "softmax"
+    scoring = Scoring(
+        q=x.q, k=x.k, keys=work.keys, stride=0, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
+        histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
+        masked=work.plan.sight["MASKED"], masses_too=grouped, bins=0, summed=selection.group and not grouped,
+    )  # fmt: skip
+    n = sizes_of(work, method.levels(scoring, work.given), tile)
+    scoring = scoring.long(n.stride)
+    own = method.scratch(scoring, work.side, work.given)
+    scored = 0 if n.whole else work.selections if scoring.summed else work.all_rows
+    s = work.scratch(
+        {
+            "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
+            "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
+            "lines": (2 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
+            "levels": (work.selections * n.stride, U8), "histogram": (work.selections * n.chunks * n.counted, I32),
+            "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
+            "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
+        }
+    )  # fmt: skip
+    mask, look = see(x, work.plan, work.launch, s["limits"])
+    scoring = scoring.on(s, mask, look)
+    of_method = {name: s[name] for name in own}
+    method.look_up(work.launch, scoring, work.side, work.given, of_method)
+    if n.whole:
+        cut = Levels(s["levels"], s["histogram"], n.chunk, n.bins, min(16, work.tuning.level_warps * n.at_once))
+        method.level(work.launch, scoring, work.side, work.given, of_method, cut)
+    else:
+        method.score(work.launch, scoring, work.side, work.given, of_method, tile)
+        level_scores(work, n, s, tile, grouped, scoring.summed)
+    list_best(work, n, s, s["ranking" if grouped else "scores"])
+    work.gather(s, mask, look, None, s["lists"], n.wide(work.keys), 1)
+
+
+def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, grouped: bool, summed: bool) -> None:
+    """Levels of stored scores, on a line through a bracket of the cut."""
+    plan, t = work.plan, work.tuning
+    numbers = (work.keys, work.batch, n.stride // 16)
+    more = max(1, min(2, plan.keys // 2**17))
+    kinds = {**work.sighted, "H": work.groups if summed else work.heads, "SOFTMAX": grouped}
+    work.launch(
+        line_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
+        s["lines"], *numbers, n.pieces, *work.bands, *work.size,
+        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * more,
+        HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=min(16, t.sample_warps * more),
+    )  # fmt: skip
+    work.launch(
+        level_kernel, (n.chunks, work.selections, 1), s["scores"], s["ranking"], s["limits"], s["stats"], s["lines"],
+        s["levels"], s["histogram"], *numbers, n.chunks, *work.bands,
+        **kinds, CHUNK=n.chunk, BINS=n.bins, warps=min(16, t.level_warps * n.at_once),
+    )  # fmt: skip
+
+
+def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any) -> None:
+    """The level of the cut, and lists of what is above and of its best keys."""
+    plan, t = work.plan, work.tuning
+    wide, most_chunks = n.wide(work.keys), power_of_2(-(-plan.keys // n.chunk))
+    work.launch(
+        level_cut_kernel, (work.selections, 1, 1), s["histogram"], s["limits"], s["cuts"], s["offsets"], s["counts"],
+        work.keys, work.batch, n.chunks, *work.bands, *work.size,
+        Q=work.rows, **plan.sight, ROWS=work.selections // work.batch, EDGES=not n.whole, CHUNKS=most_chunks,
+        BINS=n.bins, warps=min(16, max(4, t.level_cut_warps * most_chunks * n.bins // 2**13)),
+    )  # fmt: skip
+    work.launch(
+        level_list_kernel, (n.chunks, work.selections, 1), s["levels"], s["cuts"], s["offsets"], s["lists"],
+        n.stride // 16, n.chunks, wide, n.longest,
+        EDGES=not n.whole, CHUNK=n.chunk, warps=min(16, t.list_warps * n.at_once),
+    )  # fmt: skip
+    if not n.whole:
+        more = max(1, min(4, plan.keys // 2**18))
+        work.launch(
+            edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], n.stride // 16, wide, n.longest,
+            WIDTH=t.edge * more, BLOCK=t.edge_block, warps=min(16, t.edge_warps * more),
+        )  # fmt: skip

@@ -1,0 +1,292 @@
+"""The exact cut of rows by levels: candidates are counted level by level, then those above the cut's level are listed.
+
+A level is a byte that grows with the score; 0 is no candidate. Of scores that are whole numbers (`hash_attention`) a
+level holds equal ones: of the cut's level each chunk of keys takes as many as are left for it, the first ones. Other
+scores are laid on a line through a sampled bracket of the cut (`line_kernel`, `level_kernel`): the cut's level then
+holds a thousandth of the keys, its *edge*, which is cut by the scores themselves (`edge_kernel`). A line that misses
+makes the edge long, which costs time and nothing else.
+"""
+
+import triton
+import triton.language as tl
+
+from sah_transformers.kernels.approximate.best import NO_CANDIDATE, best_of, rankable
+from sah_transformers.kernels.decode.bracket import count_bracket, row_totals, sample_position
+from sah_transformers.kernels.decode.limits import limits_of, size_of
+from sah_transformers.kernels.decode.values import sortable
+
+ONES, TOPS = tl.constexpr(0x0101010101010101), tl.constexpr(0x8080808080808080)
+ALL = tl.constexpr(0xFFFFFFFFFFFFFFFF)
+BELOW = tl.constexpr(1)
+"""The level of candidates below the bracket; those above it have the highest."""
+
+
+@triton.jit
+def sampled_bracket(
+    scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """(low, high, whether they are worth nothing) around the cut of a selection row, from sampled scores: of the
+    scores, or of the integer forms of a group's summed ``SOFTMAX``; then the heads' ``stats [3, R]`` are written."""
+    R = B * H * Q
+    E = B * G * Q if SOFTMAX else R
+    i_q, i_b = i_e % Q, i_e // (E // B)
+    n, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    last_start = tl.maximum(last_start, first_end)
+    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
+    m_k = (o_k < last_start) & (o_k < K)
+    if SOFTMAX:
+        o_h = tl.arange(0, HEADS)
+        m_h = o_h < H // G
+        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
+        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
+        b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
+        m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
+        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
+        b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
+        b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
+    else:
+        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
+        m_k = m_k & (b_v > float("-inf"))
+    wanted = size_of(n, size, share)
+    candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
+    low, high = count_bracket(b_v, m_k, wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32))
+    return low, high, (low != low) | (high != high) | (tl.sum(m_k.to(tl.int32)) == 0)
+
+
+@triton.jit(
+    do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share", "size", "share"]
+)
+def line_kernel(
+    scores, limits, peaks, masses, stats, lines, K, B, stride, chunks,
+    first, first_share, last, last_share, size, share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """``lines [2, E]`` of a selection row: where the bracket of its cut begins, and levels per unit."""
+    i_e = tl.program_id(0)
+    low, high, bad = sampled_bracket(
+        scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size,
+        share, H, G, Q, CAUSAL, MASKED, SOFTMAX, CHUNKS, SAMPLES, HEADS,
+    )  # fmt: skip
+    bad = bad | (tl.abs(low) > 3.0e38) | (tl.abs(high) > 3.0e38)
+    low, high = tl.where(bad, 0.0, low), tl.where(bad, 0.0, high)
+    if SOFTMAX:
+        low = tl.floor(tl.minimum(tl.maximum(low, 0.0), 2.1e9))
+    tl.store(lines + i_e, low)
+    tl.store(lines + tl.num_programs(0) + i_e, (BINS - 3) / tl.maximum(high - low, 1.0e-30))
+
+
+@triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
+def level_kernel(
+    scores, ranking, limits, stats, lines, levels, histogram, K, B, stride, chunks,
+    first, first_share, last, last_share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SOFTMAX: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One selection row, one chunk of keys: their levels, and how many keys each level has. A group's summed
+    ``SOFTMAX`` is written to ``ranking [E, stride]``, else this is ``scores``."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    R = B * H * Q
+    E = B * G * Q if SOFTMAX else R
+    i_q, i_b = i_e % Q, i_e // (E // B)
+    _, first_end, last_start = limits_of(
+        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    low, scale = tl.load(lines + i_e), tl.load(lines + E + i_e)
+    if SOFTMAX:
+        b_v = tl.zeros([CHUNK], tl.float32)
+        m_v = (o_k >= first_end) & (o_k < last_start)
+        for i_h in range(H // G):
+            i_r = (i_e // Q) * (H // G * Q) + i_q + i_h * Q
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k)
+            m_v = m_v & (b_s != float("-inf"))
+            share = 1.0 / tl.maximum(tl.load(stats + R + i_r) + tl.load(stats + 2 * R + i_r), 1.0)
+            b_v += tl.exp(b_s - tl.load(stats + i_r)) * share
+        tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v)
+        b_x = (sortable(tl.where(b_v > 0, b_v, 0.0)) - low.to(tl.int32)).to(tl.float32)
+    else:
+        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
+        m_v = (o_k >= first_end) & (o_k < last_start) & (b_v != float("-inf"))
+        b_x = b_v - low
+    b_x = tl.maximum(b_x * scale + (BELOW + 1), BELOW)  # grows with the value, however rounded; NaN is below
+    b_x = tl.minimum(b_x, BINS - 1)
+    keep_levels(tl.where(m_v, b_x, 0.0).to(tl.int32), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
+
+
+@triton.jit
+def keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
+    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]``; of 16 levels the counts of i
+    and i + 8 to one integer, ``[E, chunks, 8]``."""
+    tl.store(levels + i_e.to(tl.int64) * (stride * 16) + i_c * CHUNK + tl.arange(0, CHUNK), b_l.to(tl.uint8))
+    i_n = i_e.to(tl.int64) * chunks + i_c
+    if BINS == 16:
+        b_one = tl.full([CHUNK], 1, tl.uint64) << (b_l * 4).to(tl.uint64)
+        b_each = tl.sum(tl.reshape(b_one, (CHUNK // 8, 8)), 1)  # at most 8 in four bits
+        o_n = tl.arange(0, 8)
+        b_each = b_each[None, :] >> (o_n * 4).to(tl.uint64)[:, None]
+        b_pair = (b_each & 15).to(tl.int32) | ((b_each >> 32) & 15).to(tl.int32) << 16
+        tl.store(histogram + i_n * 8 + o_n, tl.sum(b_pair, 1))
+    else:
+        tl.store(histogram + i_n * BINS + tl.arange(0, BINS), tl.histogram(b_l, BINS))
+
+
+@triton.jit
+def counts_of(histogram, i_e, chunks, o_c, BINS: tl.constexpr):
+    """How many keys of chunks ``o_c`` have each level, ``[CHUNKS, BINS]``; level 0 does not count."""
+    o_l = tl.arange(0, BINS)
+    EACH: tl.constexpr = 8 if BINS == 16 else BINS
+    p_n = histogram + (i_e.to(tl.int64) * chunks + o_c[:, None]) * EACH + (o_l % EACH)[None, :]
+    b_n = tl.load(p_n, mask=(o_c < chunks)[:, None] & (o_l > 0)[None, :], other=0)
+    return (b_n >> (o_l // 8 * 16)[None, :]) & 0xFFFF if BINS == 16 else b_n
+
+
+@triton.jit(do_not_specialize=["K", "B", "chunks", "first", "first_share", "last", "last_share", "size", "share"])
+def level_cut_kernel(
+    histogram, limits, cuts, offsets, counts, K, B, chunks, first, first_share, last, last_share, size, share,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One of the selection rows, ``ROWS`` of a sequence.
+
+    ``cuts [5, E]``: the lowest level that is taken as a whole, the lowest of which any is taken (the same or one less,
+    the cut's level), keys above, keys left for the cut's level, keys that it has. ``offsets [2, E, chunks]``: listed
+    keys before each chunk and, with ``EDGES``, keys of the edge before it, else how many of the cut's level it takes.
+    ``counts [E]``.
+    """
+    i_e = tl.program_id(0)
+    E = B * ROWS
+    i_q, i_b = i_e % Q, i_e // ROWS
+    n, _, _ = limits_of(limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED)
+    room = size_of(n, size, share)
+    o_c, o_l = tl.arange(0, CHUNKS), tl.arange(0, BINS)
+    m_c = o_c < chunks
+    b_n = counts_of(histogram, i_e, chunks, o_c, BINS)
+    b_level = tl.sum(b_n, 0)
+    b_reach = tl.cumsum(b_level, 0, reverse=True)  # keys of this level and above
+    whole = tl.maximum(tl.min(tl.where(b_reach <= room, o_l, BINS)), 1)
+    above = tl.max(tl.where(b_reach <= room, b_reach, 0))
+    at = tl.max(tl.where(o_l == whole - 1, b_level, 0))
+    spare = tl.minimum(room - above, at)
+    edge = tl.where(spare > 0, whole - 1, whole)
+    b_above = tl.sum(tl.where(o_l[None, :] >= whole, b_n, 0), 1)
+    b_edge = tl.sum(tl.where((o_l[None, :] >= edge) & (o_l[None, :] < whole), b_n, 0), 1)
+    b_before = tl.cumsum(b_edge, 0) - b_edge
+    if not EDGES:
+        b_before = tl.minimum(tl.maximum(spare - b_before, 0), b_edge)
+        b_above += b_before
+    o_out = i_e.to(tl.int64) * chunks + o_c
+    tl.store(offsets + o_out, tl.cumsum(b_above, 0) - b_above, mask=m_c)
+    tl.store(offsets + E.to(tl.int64) * chunks + o_out, b_before, mask=m_c)
+    tl.store(counts + i_e, above + spare)
+    tl.store(cuts + i_e, whole)
+    tl.store(cuts + E + i_e, edge)
+    tl.store(cuts + 2 * E + i_e, above)
+    tl.store(cuts + 3 * E + i_e, spare)
+    tl.store(cuts + 4 * E + i_e, at)
+
+
+@triton.jit
+def at_least(b_x, level):
+    """The top bit of each byte of uint64 ``b_x`` that is ``level`` (0 to 255) or more."""
+    level = level.to(tl.uint64) * ONES
+    b_rest = (b_x | TOPS) - (level & (TOPS - ONES))
+    return ((b_x & (level ^ ALL)) | ((b_x ^ level ^ ALL) & b_rest)) & TOPS
+
+
+@triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
+def level_list_kernel(
+    levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
+    without the cut's level, whose keys go behind ``longest``.
+
+    Eight levels at once: ``b_count`` and ``b_sums`` hold in each byte keys above, and in its upper half keys of the
+    cut's level.
+    """
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    E = tl.num_programs(1)
+    p_levels = (levels + i_e.to(tl.int64) * (stride * 16)).to(tl.pointer_type(tl.uint64))
+    o_w = i_c * (CHUNK // 8) + tl.arange(0, CHUNK // 8)
+    b_x = tl.load(p_levels + o_w)
+    p_offset = offsets + i_e.to(tl.int64) * chunks + i_c
+    before, other = tl.load(p_offset), tl.load(p_offset + E.to(tl.int64) * chunks)
+    b_above = at_least(b_x, tl.load(cuts + i_e))
+    b_edge = at_least(b_x, tl.load(cuts + E + i_e)) ^ b_above
+    b_count = (b_above >> 7) | (b_edge >> 3)
+    b_sums = b_count * ONES  # of a byte and those before it
+    b_all = (b_sums >> 56).to(tl.int32)
+    b_all = (b_all & 15) | (b_all >> 4 << 16)
+    b_before = tl.cumsum(b_all, 0) - b_all  # both in one sum
+    b_above, b_edge = (b_before & 0xFFFF) + before - 1, b_before >> 16
+    p_list = lists + i_e.to(tl.int64) * wide
+    for i in tl.static_range(8):
+        b_i, b_sum = (b_count >> (8 * i)).to(tl.int32), (b_sums >> (8 * i)).to(tl.int32) & 0xFF
+        b_out, b_same = b_above + (b_sum & 15), b_edge + (b_sum >> 4)
+        if EDGES:
+            m = (b_i & 17) != 0
+            b_out = tl.where((b_i & 1) != 0, b_out, longest + other - 1 + b_same)
+        else:
+            m = ((b_i & 1) != 0) | (((b_i & 16) != 0) & (b_same <= other))
+            b_out += tl.minimum(b_same, other)
+        tl.store(p_list + b_out, o_w * 8 + i, mask=m)
+
+
+@triton.jit
+def edge_keys(p_edge, p_v, o, at):
+    """(positions, sortable values) of keys ``o`` of an edge that has ``at``."""
+    b_k = tl.load(p_edge + o, mask=o < at, other=0)
+    return b_k, rankable(tl.load(p_v + b_k, mask=o < at, other=0.0), o < at)
+
+
+@triton.jit
+def long_cut(p_edge, p_v, at, room, BLOCK: tl.constexpr):
+    """(cut, how many of the keys that equal it are taken) of an edge that is read again and again; ``room < at``."""
+    o = tl.arange(0, BLOCK)
+    b_low, b_high = tl.full([BLOCK], 0x7FFFFFFF, tl.int32), tl.full([BLOCK], NO_CANDIDATE, tl.int32)
+    for start in range(0, at, BLOCK):
+        _, b_i = edge_keys(p_edge, p_v, start + o, at)
+        b_low = tl.minimum(b_low, tl.where(b_i > NO_CANDIDATE, b_i, 0x7FFFFFFF))
+        b_high = tl.maximum(b_high, b_i)
+    low, high = tl.min(b_low).to(tl.int64), tl.max(b_high).to(tl.int64)
+    more = 0  # keys above the cut
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        b_count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, at, BLOCK):
+            _, b_i = edge_keys(p_edge, p_v, start + o, at)
+            b_count += (b_i >= middle.to(tl.int32)).to(tl.int32)
+        reach = tl.sum(b_count)
+        more = tl.where(reach >= room, more, reach)
+        low = tl.where(reach >= room, middle, low)
+        high = tl.where(reach >= room, high, middle - 1)
+    return low.to(tl.int32), room - more
+
+
+@triton.jit(do_not_specialize=["stride", "wide", "longest"])
+def edge_kernel(ranking, cuts, lists, stride, wide, longest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One selection row: the best keys of its edge, the lower position first among equals, behind those listed."""
+    i_e = tl.program_id(0)
+    E = tl.num_programs(0)
+    above, room, at = tl.load(cuts + 2 * E + i_e), tl.load(cuts + 3 * E + i_e), tl.load(cuts + 4 * E + i_e)
+    p_list = lists + i_e.to(tl.int64) * wide
+    p_edge, p_list = p_list + longest, p_list + above
+    p_v = ranking + i_e.to(tl.int64) * (stride * 16)
+    if (room > 0) & (at <= WIDTH):
+        b_k, b_i = edge_keys(p_edge, p_v, tl.arange(0, WIDTH), at)
+        m = best_of(b_i, room, at)
+        tl.store(p_list + tl.cumsum(m.to(tl.int32), 0) - 1, b_k, mask=m)
+    elif room > 0:
+        cut, ties = long_cut(p_edge, p_v, at, room, BLOCK)
+        taken, same = 0, 0
+        for start in range(0, at, BLOCK):
+            b_k, b_i = edge_keys(p_edge, p_v, start + tl.arange(0, BLOCK), at)
+            b_same = (b_i == cut).to(tl.int32)
+            m = (b_i > cut) | ((b_same > 0) & (tl.cumsum(b_same, 0) + same <= ties))
+            tl.store(p_list + taken + tl.cumsum(m.to(tl.int32), 0) - 1, b_k, mask=m)
+            taken += tl.sum(m.to(tl.int32))
+            same += tl.sum(b_same)
