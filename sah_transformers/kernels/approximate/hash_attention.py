@@ -170,13 +170,13 @@ def hash_kernel(
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
     i_s, i_x = i_h // (MOST // SETS), i_h // (MOST // HEADS)
-    b_w0, b_b0 = layer_of(w0, b0, i_s, D, H0, BD, B0)  # all are under way before the first is needed
-    b_w1, b_b1 = layer_of(w1, b1, i_s, H0, H1, B0, B1)
-    b_w2, b_b2 = layer_of(w2, b2, i_s, H1, BITS, B1, BB)
     o_d = tl.arange(0, BD)
     begin = tl.load(span) if POINT else span
     end = tl.load(span + 1) if POINT else span + n
-    for i_k in tl.range(begin + i_n, end, n):
+    for i_k in tl.range(begin + i_n, end, n):  # nearly always once: weights kept from turn to turn would spill
+        b_w0, b_b0 = layer_of(w0, b0, i_s, D, H0, BD, B0)  # all are under way before the first is needed
+        b_w1, b_b1 = layer_of(w1, b1, i_s, H0, H1, B0, B1)
+        b_w2, b_b2 = layer_of(w2, b2, i_s, H1, BITS, B1, BB)
         p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + tl.cast(i_k, tl.int64) * sx_n
         b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
         b_x = silu(through(b_x, b_w0, b_b0))
