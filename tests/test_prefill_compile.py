@@ -15,6 +15,7 @@ SINK, LOCAL = {"type": "sink", "sink_size": 128}, {"type": "local", "window_size
 STACKS = {
     "bands": [SINK, LOCAL],
     "best": [SINK, {"type": "oracle_top_k", "heavy_size": 0.05}, LOCAL],
+    "group": [SINK, {"type": "oracle_top_k", "heavy_size": 0.05, "gqa": "group"}, LOCAL],
     "mass": [SINK, {"type": "oracle_top_p", "top_p": 0.9}, LOCAL],
     "mass of all": [SINK, {"type": "oracle_top_p", "top_p": 0.9, "coverage": "total"}],
 }
