@@ -15,18 +15,23 @@ SINK, LOCAL = {"type": "sink", "sink_size": 128}, {"type": "local", "window_size
 STACKS = {
     "bands": [SINK, LOCAL],
     "best": [SINK, {"type": "oracle_top_k", "heavy_size": 0.05}, LOCAL],
-    "group": [SINK, {"type": "oracle_top_k", "heavy_size": 0.05, "gqa": "group"}, LOCAL],
     "mass": [SINK, {"type": "oracle_top_p", "top_p": 0.9}, LOCAL],
     "mass of all": [SINK, {"type": "oracle_top_p", "top_p": 0.9, "coverage": "total"}],
+    "best per KV head": [SINK, {"type": "oracle_top_k", "heavy_size": 0.05, "gqa": "group"}, LOCAL],
+    "mass per KV head": [SINK, {"type": "oracle_top_p", "top_p": 0.9, "gqa": "group"}, LOCAL],
 }
 FORMS = {
     "bf16": {"dtype": torch.bfloat16, "D": 128},
-    "fp16 D=64": {"dtype": torch.float16, "D": 64},
+    "fp16 D=64": {"dtype": torch.float16, "D": 64, "H": 28, "G": 4},
     "fp16 D=192 softcap": {"dtype": torch.float16, "D": 192, "softcap": 30.0, "sinks": True},
-    "fp32 D=80": {"dtype": torch.float32, "D": 80},
-    "bf16 masked": {"dtype": torch.bfloat16, "D": 128, "masked": True},
+    "fp32 D=80": {"dtype": torch.float32, "D": 80, "H": 6, "G": 2},
+    "bf16 masked": {"dtype": torch.bfloat16, "D": 128, "masked": True, "G": 1},
 }
-FEW = {"mass": ("bf16", "bf16 masked"), "mass of all": ("bf16",)}  # forms of stacks that need no more
+FEW = {  # forms of stacks that need no more
+    "mass": ("bf16", "bf16 masked"),
+    "mass of all": ("bf16",),
+    "mass per KV head": ("fp16 D=64", "bf16 masked"),
+}
 
 
 class Recorder:
