@@ -3,7 +3,7 @@
 Contract of ``prefill(call) -> out``: ``call`` as ``attention.make_call`` checked it, ``queries [B, H, Q, D]``, ``keys
 [B, G, K, D]``, ``values [B, G, K, Dv]`` of one dtype (float16, bfloat16, float32), any strides; ``out [B, Q, H, Dv]``
 in that dtype. D and Dv up to 256; causal or not, with a boolean mask ``[B|1, 1, Q, K]`` or padding ``[B, K]`` or
-without; rows without keys give zeros.
+without; rows without keys give zeros. Each query head selects, or each KV head for its query heads, up to 32.
 Budgets and ties are those of ``kernels.select``; scores are float32 sums of exact products. Memory beyond inputs
 and output is at most about 1.3 GiB, nothing waits for the device, and two runs give the same bits.
 
