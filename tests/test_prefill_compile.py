@@ -118,7 +118,7 @@ def main(architectures):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    compiles(__file__, architecture, 45, timeout=1800)
+    compiles(__file__, architecture, 90, timeout=1800)
 
 
 if __name__ == "__main__":
