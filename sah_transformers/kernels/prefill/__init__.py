@@ -3,12 +3,12 @@
 Contract of ``prefill(call) -> out``: ``call`` as ``attention.make_call`` checked it, ``queries [B, H, Q, D]``, ``keys
 [B, G, K, D]``, ``values [B, G, K, Dv]`` of one dtype (float16, bfloat16, float32), any strides; ``out [B, Q, H, Dv]``
 in that dtype. D and Dv up to 256; causal or not, with a boolean mask ``[B|1, 1, Q, K]`` or padding ``[B, K]`` or
-without; rows without keys give zeros.
+without; rows without keys give zeros. Each query head selects, or each KV head for its query heads, up to 32.
 Budgets and ties are those of ``kernels.select``; scores are float32 sums of exact products. Memory beyond inputs
 and output is at most about 1.3 GiB, nothing waits for the device, and two runs give the same bits.
 
 ``why_not(call)`` names what is not covered: additive masks and masks per head, position bias, index lists,
-previous masks, dropout, gradients, group selection, two scored maskers.
+previous masks, dropout, gradients, two scored maskers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 256
 MAX_HEADS = 4096
 """Beyond it the lists of a single query of each head could pass 2 GiB, which is what ``emit_kernel`` addresses."""
+
+MAX_GROUP = 32
+"""Query heads of a KV head that rank together: a tile of rows holds them all."""
 
 LEAST_TOP_P = 0.001
 """Below it the mass above the cut is too small a share for float32 sums."""
@@ -82,8 +85,12 @@ def _why_not_rows(call: Call) -> str:
 def _why_not_scored(call: Call, scored: Best | Mass | None) -> str:
     if scored is None:
         return ""
-    if scored.group and call.queries.shape[1] != call.keys.shape[1]:
-        return "keys are ranked per KV head"
+    share = call.queries.shape[1] // call.keys.shape[1]
+    if scored.group and share > 1:
+        if share > MAX_GROUP:
+            return f"keys are ranked per KV head and {share} query heads are beyond {MAX_GROUP}"
+        if call.kernel == "auto":
+            return "ranking per KV head has not run on a GPU yet (kernel='triton' takes it)"
     if isinstance(scored, Mass) and not LEAST_TOP_P <= scored.top_p < 1.0:
         return f"top_p is {scored.top_p!r}, outside [{LEAST_TOP_P}, 1)"
     if call.context.scaling <= 0:

@@ -3,12 +3,11 @@
 import triton
 import triton.language as tl
 
+from sah_transformers.kernels.prefill.group import halfway, kv_head, load_queries, load_totals, ranking, weights
 from sah_transformers.kernels.prefill.rows import (
     SMALLEST,
     granted,
-    load_rows,
     mask_rows,
-    masses,
     outside,
     products,
     row_limits,
@@ -47,16 +46,17 @@ def bracket_kernel(
     q, k, lows, highs, mask, limits, i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb,
     stride_qh,
     stride_qq, stride_kb, stride_kg, stride_kk, first, first_bits, last, last_bits, budget, budget_bits, chunks, most,
-    deviations,
+    deviations, totals, scale, softcap,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr,
     FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``lows <= k-th best score <= highs`` for nearly every row, from ``chunks`` samples of BS keys each."""
     i_t = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    o_r = i_t * BM + tl.arange(0, BM)
+    BQ: tl.constexpr = BM // HEADS
+    o_r = i_t * BQ + tl.arange(0, BQ)
     m_r = o_r < rows
     o_q = i_first + o_r
     b_n, b_begin, b_end, b_stop, b_start = row_limits(
@@ -65,14 +65,15 @@ def bracket_kernel(
     )  # fmt: skip
     b_c = outside(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
     b_k = granted(b_n, budget, budget_bits, BUDGET_IS_SHARE)
-    b_low = tl.full([BM], SMALLEST, tl.float32)
-    b_high = tl.full([BM], float("inf"), tl.float32)
+    b_low = tl.full([BQ], SMALLEST, tl.float32)
+    b_high = tl.full([BQ], float("inf"), tl.float32)
     if tl.max(b_c, 0) > most:  # else all candidates fit into the lists
         m_c = b_c > most
         begin = tl.max(tl.where(m_c, b_stop, 0), 0)
         length = tl.maximum(tl.min(tl.where(m_c, b_start, 2147483647), 0) - begin, 1)
-        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
-        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        b_q = load_queries(q, stride_qb, stride_qh, stride_qq, o_q, m_r, i_b, i_h, group, D, BD, HEADS)
+        b_total = load_totals(totals, o_q, m_r, i_bh, group, Q, HEADS)
+        p_k = k + i_b * stride_kb + kv_head(i_h, group, HEADS) * stride_kg
         total = chunks * BS
         b_p = tl.minimum(b_k.to(tl.float32) / tl.maximum(b_c, 1).to(tl.float32), 1.0)
         b_spread = deviations * tl.sqrt(b_p * (1.0 - b_p) / total) * BS + 1.0 / chunks
@@ -80,11 +81,12 @@ def bracket_kernel(
         b_center = b_p * BS + b_skew
         p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
         b_holes = b_end - b_begin > b_n
-        b_lows = tl.zeros([BM], tl.float32)
-        b_highs = tl.zeros([BM], tl.float32)
+        b_lows = tl.zeros([BQ], tl.float32)
+        b_highs = tl.zeros([BQ], tl.float32)
         for i_c in range(chunks):
             o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
             b_s = sampled_scores(b_q, p_k, o_k, stride_kk, D, BD, PRECISION)
+            b_s = ranking(b_s, b_total, scale, softcap, HEADS, SOFTCAP)
             b_size = b_center * 0.0 + BS
             b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
             if MASKED:
@@ -98,11 +100,11 @@ def bracket_kernel(
             b_above = tl.floor(b_center * (b_size / BS) - b_aside)  # at most this many should be above high
             b_la, b_lb, b_ha, b_hb = b_min, b_max, b_min, b_max
             for _ in range(STEPS):
-                b_mid = 0.5 * b_la + 0.5 * b_lb
+                b_mid = halfway(b_la, b_lb, HEADS)
                 b_reached = tl.sum((b_s >= b_mid[:, None]).to(tl.float32), 1) >= b_below
                 b_la = tl.where(b_reached, b_mid, b_la)
                 b_lb = tl.where(b_reached, b_lb, b_mid)
-                b_mid = 0.5 * b_ha + 0.5 * b_hb
+                b_mid = halfway(b_ha, b_hb, HEADS)
                 b_few = tl.sum((b_s > b_mid[:, None]).to(tl.float32), 1) <= b_above
                 b_hb = tl.where(b_few, b_mid, b_hb)
                 b_ha = tl.where(b_few, b_ha, b_mid)
@@ -120,10 +122,10 @@ def bracket_kernel(
 def bracket_mass_kernel(
     q, k, stats, lows, highs, mask, limits, i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb,
     stride_qh, stride_qq, stride_kb, stride_kg, stride_kk, first, first_bits, last, last_bits, chunks, most,
-    deviations, scale, softcap,
+    deviations, scale, softcap, totals,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr,
-    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``lows <= cut <= highs`` for nearly every row, from ``chunks`` samples of BS keys each.
 
@@ -133,7 +135,8 @@ def bracket_mass_kernel(
     i_t = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    o_r = i_t * BM + tl.arange(0, BM)
+    BQ: tl.constexpr = BM // HEADS
+    o_r = i_t * BQ + tl.arange(0, BQ)
     m_r = o_r < rows
     o_q = i_first + o_r
     b_n, b_begin, b_end, b_stop, b_start = row_limits(
@@ -141,27 +144,29 @@ def bracket_mass_kernel(
         FIRST_IS_SHARE, LAST_IS_SHARE,
     )  # fmt: skip
     b_c = outside(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-    b_low = tl.full([BM], SMALLEST, tl.float32)
-    b_high = tl.full([BM], float("inf"), tl.float32)
+    b_low = tl.full([BQ], SMALLEST, tl.float32)
+    b_high = tl.full([BQ], float("inf"), tl.float32)
     p_stats = stats + i_bh * Q + o_q
     size = tl.num_programs(1).to(tl.int64) * Q
     m_c = (b_c > most) & (tl.load(p_stats + size, mask=m_r, other=0.0) > 0)
     if tl.max(m_c.to(tl.int32), 0) > 0:  # else all candidates fit into the lists
         begin = tl.max(tl.where(m_c, b_stop, 0), 0)
         length = tl.maximum(tl.min(tl.where(m_c, b_start, 2147483647), 0) - begin, 1)
-        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
-        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        b_q = load_queries(q, stride_qb, stride_qh, stride_qq, o_q, m_r, i_b, i_h, group, D, BD, HEADS)
+        b_total = load_totals(totals, o_q, m_r, i_bh, group, Q, HEADS)
+        p_k = k + i_b * stride_kb + kv_head(i_h, group, HEADS) * stride_kg
         p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
         b_holes = b_end - b_begin > b_n
         b_peak = tl.load(p_stats, mask=m_r, other=0.0)
         b_left = tl.load(p_stats + size * 2, mask=m_r, other=0.0) / tl.maximum(b_c, 1).to(tl.float32)
-        b_lows = tl.zeros([BM], tl.float32)
-        b_highs = tl.zeros([BM], tl.float32)
+        b_lows = tl.zeros([BQ], tl.float32)
+        b_highs = tl.zeros([BQ], tl.float32)
         for i_c in range(chunks):
             o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
             b_s = sampled_scores(b_q, p_k, o_k, stride_kk, D, BD, PRECISION)
+            b_s = ranking(b_s, b_total, scale, softcap, HEADS, SOFTCAP)
             b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
-            b_w = masses(b_s, b_peak[:, None], scale, softcap, SOFTCAP)
+            b_w = weights(b_s, b_peak[:, None], scale, softcap, HEADS, SOFTCAP)
             b_out = b_left * BS  # what the sample should hold below the cut
             if MASKED:
                 m_s = shown(p_mask, o_k, b_stop, b_start, b_holes, MASKED)
@@ -171,14 +176,14 @@ def bracket_mass_kernel(
                 b_w = tl.where(m_s, b_w, 0.0)
             b_la, b_lb, b_ha, b_hb = b_min, b_max, b_min, b_max
             for _ in range(STEPS):
-                b_mid = 0.5 * b_la + 0.5 * b_lb
-                b_one = masses(b_mid, b_peak, scale, softcap, SOFTCAP)
+                b_mid = halfway(b_la, b_lb, HEADS)
+                b_one = weights(b_mid, b_peak, scale, softcap, HEADS, SOFTCAP)
                 b_below = tl.sum(tl.where(b_w < b_one[:, None], b_w, 0.0), 1)
                 b_less = b_below + deviations * tl.sqrt(b_one * (b_below + b_one) / chunks) <= b_out
                 b_la = tl.where(b_less, b_mid, b_la)
                 b_lb = tl.where(b_less, b_lb, b_mid)
-                b_mid = 0.5 * b_ha + 0.5 * b_hb
-                b_one = masses(b_mid, b_peak, scale, softcap, SOFTCAP)
+                b_mid = halfway(b_ha, b_hb, HEADS)
+                b_one = weights(b_mid, b_peak, scale, softcap, HEADS, SOFTCAP)
                 b_below = tl.sum(tl.where(b_w < b_one[:, None], b_w, 0.0), 1)
                 b_more = b_below - deviations * tl.sqrt(b_one * (b_below + b_one) / chunks) >= b_out
                 b_hb = tl.where(b_more, b_mid, b_hb)

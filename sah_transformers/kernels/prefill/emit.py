@@ -3,12 +3,11 @@
 import triton
 import triton.language as tl
 
+from sah_transformers.kernels.prefill.group import kv_head, load_queries, load_totals, ranking, weights
 from sah_transformers.kernels.prefill.rows import (
     SMALLEST,
     load_columns,
-    load_rows,
     mask_rows,
-    masses,
     products,
     row_limits,
     shown,
@@ -63,11 +62,10 @@ def write_between(
 
 @triton.jit
 def emit_tiles(
-    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak, b_stop,
-    b_start, i_first, i_last, K, stride_k, scale, softcap, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-    EDGE: tl.constexpr,
-    MASKED: tl.constexpr, MASS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak, b_total,
+    b_stop, b_start, i_first, i_last, K, stride_k, scale, softcap, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, MASS: tl.constexpr,
+    HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of the tiles of keys from ``i_first`` to ``i_last``; EDGE tiles hold other than candidates.
 
@@ -77,13 +75,13 @@ def emit_tiles(
     for i_n in range(i_first, i_last, BN):
         i_n = tl.multiple_of(i_n, BN)
         b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)
-        b_s = products(b_q, b_k, PRECISION)
+        b_s = ranking(products(b_q, b_k, PRECISION), b_total, scale, softcap, HEADS, SOFTCAP)
         if EDGE:
             m_s = shown(p_mask, i_n + o_n, b_stop, b_start, b_holes, MASKED)
             b_s = tl.where(m_s, b_s, float("-inf"))
         if EDGE and MASKED:  # in the layout of a loaded mask Triton 3.6 sums the quarters below wrongly
             if MASS:
-                b_w = masses(b_s, b_peak, scale, softcap, SOFTCAP)
+                b_w = weights(b_s, b_peak, scale, softcap, HEADS, SOFTCAP)
                 b_row = tl.sum(tl.where(b_s > b_high, b_w, 0.0), 1)
             else:
                 b_row = tl.sum((b_s >= b_low).to(tl.float32), 1)
@@ -93,7 +91,7 @@ def emit_tiles(
         b_lost += b_over
         if not (EDGE and MASKED):
             if MASS:
-                b_w = masses(b_s, b_peak[:, :, None], scale, softcap, SOFTCAP)
+                b_w = weights(b_s, b_peak[:, :, None], scale, softcap, HEADS, SOFTCAP)
                 b_reached += tl.sum(tl.where(b_s > b_high[:, :, None], b_w, 0.0), 2)
             else:
                 b_reached += tl.sum((b_s >= b_low[:, :, None]).to(tl.float32), 2)
@@ -108,10 +106,10 @@ def emit_kernel(
     q, k, lows, highs, stats, lists, list_counts, list_reached, mask, limits,
     i_first, rows, H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb, stride_qh, stride_qq, stride_kb,
     stride_kg, stride_kk,
-    first, first_bits, last, last_bits, capacity, scale, softcap,
+    first, first_bits, last, last_bits, capacity, scale, softcap, totals,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BRACKET: tl.constexpr, MASKED: tl.constexpr,
-    MASS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    MASS: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: the scores of BM rows with all their candidates, those inside the bracket written out.
 
@@ -122,7 +120,8 @@ def emit_kernel(
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    o_r = i_t * BM + tl.arange(0, BM)
+    BQ: tl.constexpr = BM // HEADS
+    o_r = i_t * BQ + tl.arange(0, BQ)
     m_r = o_r < rows
     o_q = i_first + o_r
     b_n, b_begin, b_last, b_stop, b_start = row_limits(
@@ -132,16 +131,17 @@ def emit_kernel(
     p_mask = mask_rows(mask, stride_mb, stride_mq, i_b, o_q)
     b_holes = b_last - b_begin > b_n
     b_low = tl.where(m_r, SMALLEST, float("inf"))
-    b_high = tl.full([BM], float("inf"), tl.float32)
+    b_high = tl.full([BQ], float("inf"), tl.float32)
     if BRACKET:
         b_low = tl.load(lows + i_bh * rows + o_r, mask=m_r, other=float("inf"))
         b_high = tl.load(highs + i_bh * rows + o_r, mask=m_r, other=float("inf"))
     b_low, b_high = b_low[:, None], b_high[:, None]
     b_peak = b_low
-    if MASS:
+    if MASS and HEADS == 1:
         b_peak = tl.load(stats + i_bh * Q + o_q, mask=m_r, other=0.0)[:, None]
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_r, stride_qq, D, BD)
-    p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+    b_q = load_queries(q, stride_qb, stride_qh, stride_qq, o_q, m_r, i_b, i_h, group, D, BD, HEADS)
+    b_total = load_totals(totals, o_q, m_r, i_bh, group, Q, HEADS)
+    p_k = k + i_b * stride_kb + kv_head(i_h, group, HEADS) * stride_kg
     o_l = tl.arange(0, 4)
     o_c = (i_bh * rows + o_r)[:, None] * 4 + o_l[None, :]
     p_list = lists + o_l[None, :] * 4
@@ -149,25 +149,25 @@ def emit_kernel(
     b_full = b_first + (capacity - BN // 4) * 16
     b_end = b_first
     begin, inner, inner_end, end = tile_ranges(b_stop, b_start, b_stop, b_start, m_r, b_holes, BN, MASKED)
-    b_reached = tl.zeros([BM, 4], tl.float64 if MASS else tl.float32)
-    b_lost = tl.zeros([BM, 4], tl.int32)
-    b_1 = tl.zeros([BM, 4], tl.float32)
-    b_2 = tl.zeros([BM, 4], tl.float32)
-    b_3 = tl.zeros([BM, 4], tl.float32)
+    b_reached = tl.zeros([BQ, 4], tl.float64 if MASS else tl.float32)
+    b_lost = tl.zeros([BQ, 4], tl.int32)
+    b_1 = tl.zeros([BQ, 4], tl.float32)
+    b_2 = tl.zeros([BQ, 4], tl.float32)
+    b_3 = tl.zeros([BQ, 4], tl.float32)
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
         b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
-        b_stop, b_start, begin, inner, K, stride_kk, scale, softcap, D, BD, BM, BN, True, MASKED, MASS, SOFTCAP,
-        PRECISION, ASM,
+        b_total, b_stop, b_start, begin, inner, K, stride_kk, scale, softcap, D, BD, BQ, BN, True, MASKED, MASS,
+        HEADS, SOFTCAP, PRECISION, ASM,
     )  # fmt: skip
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
         b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
-        b_stop, b_start, inner, inner_end, K, stride_kk, scale, softcap, D, BD, BM, BN, False, MASKED, MASS, SOFTCAP,
-        PRECISION, ASM,
+        b_total, b_stop, b_start, inner, inner_end, K, stride_kk, scale, softcap, D, BD, BQ, BN, False, MASKED, MASS,
+        HEADS, SOFTCAP, PRECISION, ASM,
     )  # fmt: skip
     b_end, b_reached, b_lost, b_1, b_2, b_3 = emit_tiles(
         b_end, b_reached, b_lost, b_1, b_2, b_3, b_q, p_k, p_list, p_mask, b_holes, b_full, b_low, b_high, b_peak,
-        b_stop, b_start, inner_end, end, K, stride_kk, scale, softcap, D, BD, BM, BN, True, MASKED, MASS, SOFTCAP,
-        PRECISION, ASM,
+        b_total, b_stop, b_start, inner_end, end, K, stride_kk, scale, softcap, D, BD, BQ, BN, True, MASKED, MASS,
+        HEADS, SOFTCAP, PRECISION, ASM,
     )  # fmt: skip
     if ASM:  # the scores that still wait
         b_wait = tl.where(m_r[:, None], b_end // 16 % 4, 0)

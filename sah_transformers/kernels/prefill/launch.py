@@ -20,7 +20,7 @@ from sah_transformers.kernels.prefill.settle import settle_kernel
 from sah_transformers.kernels.prefill.stack import Stack, bits_of, budget_arguments
 from sah_transformers.kernels.prefill.tiles import FUSION, padded, precision_of, shared_of, tiles_for
 from sah_transformers.kernels.select.reference import REACHED
-from sah_transformers.selections import Mass
+from sah_transformers.selections import Best, Mass
 
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
@@ -40,23 +40,24 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
     width, value_width = padded(dim), padded(value_dim)
     block, step, warps, stages = tiles_for(queries.dtype, max(width, value_width), shared_of(queries.device)).attend
     out = queries.new_empty(batch, rows, heads, value_dim)
-    tiles = triton.cdiv(rows, block)
-    if tiles * batch * heads <= FEW_PROGRAMS:
+    ranks = Ranks.of(call, stack)
+    tiles = triton.cdiv(rows, block // ranks.heads)
+    if tiles * batch * ranks.rows <= FEW_PROGRAMS:
         step = min(step, 32)
-    cuts = needs = tied = out  # not read without a cut
+    cuts = needs = tied = totals = out  # not read without a cut
     sight = Sight.of(call, stack, queries)
     if stack.scored is not None:
-        cuts, needs, tied = find_cuts(call, stack, queries, keys, sight, block)
+        cuts, needs, tied, totals = find_cuts(call, stack, queries, keys, sight, ranks, block // ranks.heads)
     softcap = call.context.softcap
     arguments: Any = (
         queries, keys, values, out, cuts, needs, tied, out if call.sinks is None else call.sinks.contiguous(),
         out if counts is None else counts, *sight.tensors,
-        heads, rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
+        ranks.rows, rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
         *values.stride()[:3],
         out.stride(0), out.stride(2), out.stride(1), *stack.bands.arguments(), *stack.before.arguments(),
-        call.min_keys, float(call.context.scaling), float(softcap or 1.0),
+        call.min_keys, float(call.context.scaling), float(softcap or 1.0), totals,
     )  # fmt: skip
-    attend_kernel[(tiles, batch * heads)](
+    attend_kernel[(tiles, batch * ranks.rows)](
         *arguments,
         D=dim,
         DV=value_dim,
@@ -69,6 +70,7 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
         **stack.before.shares("_BEFORE"),
         CUT=stack.scored is not None,
         MASKED=sight.masked,
+        HEADS=ranks.heads,
         SOFTCAP=softcap is not None,
         SINKS=call.sinks is not None,
         COUNT=counts is not None,
@@ -83,6 +85,27 @@ def launch(call: Call, stack: Stack, counts: torch.Tensor | None = None) -> torc
 def last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with stride 1 in its last dimension."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+@dataclass
+class Ranks:
+    """What ranks keys: every query head, or every KV head by the sum over its query heads.
+
+    Attributes:
+        rows: how many rankings a query has in a sequence, H or G.
+        heads: heads that rank together, as a power of two.
+    """
+
+    rows: int
+    heads: int
+
+    @classmethod
+    def of(cls, call: Call, stack: Stack) -> Ranks:
+        """Those of a stack's scored selection."""
+        heads, groups = call.shape[1], call.keys.shape[1]
+        if stack.scored is None or not stack.scored.group or heads == groups:
+            return cls(heads, 1)
+        return cls(groups, triton.next_power_of_2(heads // groups))
 
 
 @dataclass
@@ -125,9 +148,9 @@ class Sight:
 
 
 def find_cuts(
-    call: Call, stack: Stack, queries: torch.Tensor, keys: torch.Tensor, sight: Sight, attend_rows: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The exact cut of every row, without storing Q x K scores.
+    call: Call, stack: Stack, queries: torch.Tensor, keys: torch.Tensor, sight: Sight, ranks: Ranks, attend_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The exact cut of every row (of ``ranks``, as all that is said of rows here), without storing Q x K scores.
 
     ``bracket_kernel`` brackets the k-th score by a sample of the keys, ``emit_kernel`` computes all scores and writes
     those inside, ``select_kernel`` finds the cut among the written, ``settle_kernel`` redoes the few rows whose
@@ -135,91 +158,108 @@ def find_cuts(
     those equal to it there are k.
 
     Returns:
-        cuts float32 and needs int32 ``[B, H, Q]`` (how many keys equal to the cut a row takes), and int32
-        ``[B, H, tiles]``: which tiles of ``attend_rows`` rows do not take all of them.
+        cuts float32 and needs int32 ``[B, H or G, Q]`` (how many keys equal to the cut a row takes), int32
+        ``[B, H or G, tiles]``: which tiles of ``attend_rows`` rows do not take all of them, and, where KV heads rank,
+        log2 of the mass that each row of a query head sees, float32 ``[B, H, Q]`` at least.
     """
     assert stack.scored is not None
     batch, heads, rows, total = call.shape
+    ranked, stacked = batch * ranks.rows, ranks.heads
     width = padded(queries.shape[-1])
     tiles = tiles_for(queries.dtype, width, shared_of(queries.device))
     attend_tiles = triton.cdiv(rows, attend_rows)
-    cuts = queries.new_empty(batch, heads, rows, dtype=torch.float32)
-    needs, queue = (torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device) for _ in range(2))
-    zeros = torch.zeros(batch * heads * (attend_tiles + 1), dtype=torch.int32, device=queries.device)
-    tied, waiting = zeros[batch * heads :], zeros[: batch * heads]
-    where: Any = (
-        heads, rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
+    cuts = queries.new_empty(batch, ranks.rows, rows, dtype=torch.float32)
+    needs, queue = (torch.empty(batch, ranks.rows, rows, dtype=torch.int32, device=queries.device) for _ in range(2))
+    zeros = torch.zeros(ranked * (attend_tiles + 1), dtype=torch.int32, device=queries.device)
+    tied, waiting = zeros[ranked:], zeros[:ranked]
+    place: Any = (
+        rows, total, heads // keys.shape[1], *sight.strides, *queries.stride()[:3], *keys.stride()[:3],
         *stack.before.arguments(),
     )  # fmt: skip
+    where: Any = (ranks.rows, *place)
     softcap = call.context.softcap
     logits: Any = (float(call.context.scaling), float(softcap or 1.0))
     flags: dict[str, Any] = {
         "CAUSAL": call.visibility.is_causal, "MASKED": sight.masked, **stack.before.shares()
     }  # fmt: skip
     capped: dict[str, Any] = {"SOFTCAP": softcap is not None}
+    summed: dict[str, Any] = {"HEADS": stacked, **capped}
     shape: dict[str, Any] = {"D": queries.shape[-1], "BD": width, "PRECISION": precision_of(queries)}
-    is_mass = isinstance(stack.scored, Mass)
-    stats, budget, ranks = cuts, (0, 0), {"BUDGET_IS_SHARE": False}
-    if isinstance(stack.scored, Mass):
+    mass = stack.scored if isinstance(stack.scored, Mass) else None
+    stats = totals = cuts  # not read where no masses are needed
+    if mass or stacked > 1:
         stats = torch.empty(3, batch, heads, rows, dtype=torch.float32, device=queries.device)
         block, step, warps, stages = tiles.emit
         mass_kernel[(triton.cdiv(rows, block), batch * heads)](
-            queries, keys, stats, *sight.tensors, *where, bits_of(stack.scored.top_p - REACHED), *logits, **shape,
-            BM=block, BN=step, **flags, TOTAL=stack.scored.total, **capped, num_warps=warps, num_stages=stages,
-            **FUSION,
+            queries, keys, stats, *sight.tensors, heads, *place, bits_of(mass.top_p - REACHED if mass else 0.0),
+            *logits, **shape, BM=block, BN=step, **flags, TOTAL=stacked > 1 or (mass is not None and mass.total),
+            **capped, SHARE=stacked > 1, num_warps=warps, num_stages=stages, **FUSION,
         )  # fmt: skip
-    else:
+    if stacked > 1:
+        totals = stats
+        stats = group_stats(totals[1], keys.shape[1], mass) if mass else cuts
+    budget, budgets = (0, 0), {"BUDGET_IS_SHARE": False}
+    if isinstance(stack.scored, Best):
         budget = budget_arguments(stack.scored.budget)
-        ranks = {"BUDGET_IS_SHARE": isinstance(stack.scored.budget, float)}
-    split = parts.Part.split(call, stack, tiles)
-    scratch = parts.Scratch.empty(split, batch * heads, torch.float32 if is_mass else torch.int32, queries.device)
+        budgets = {"BUDGET_IS_SHARE": isinstance(stack.scored.budget, float)}
+    split = parts.Part.split(call, stack, ranked, tiles)
+    scratch = parts.Scratch.empty(split, ranked, torch.float32 if mass else torch.int32, queries.device)
     start = 0
     for part in split:
         block, sample, warps, stages = tiles.bracket
-        grid = (triton.cdiv(part.rows, block), batch * heads)
-        if part.chunks and is_mass:
+        grid = (triton.cdiv(part.rows, block // stacked), ranked)
+        if part.chunks and mass:
             bracket_mass_kernel[grid](
                 queries, keys, stats, scratch.lows, scratch.highs, *sight.tensors, start, part.rows, *where,
-                part.chunks, part.most, parts.MASS_DEVIATIONS, *logits, **shape, BM=block, BS=sample, STEPS=9,
-                **flags, **capped, num_warps=warps, num_stages=stages, **FUSION,
+                part.chunks, part.most, parts.MASS_DEVIATIONS, *logits, totals, **shape, BM=block, BS=sample,
+                STEPS=9, **flags, **summed, num_warps=warps, num_stages=stages, **FUSION,
             )  # fmt: skip
         elif part.chunks:
             bracket_kernel[grid](
                 queries, keys, scratch.lows, scratch.highs, *sight.tensors, start, part.rows, *where, *budget,
-                part.chunks, part.most, parts.DEVIATIONS, **shape, BM=block, BS=sample, STEPS=9, **flags, **ranks,
-                num_warps=warps, num_stages=stages, **FUSION,
+                part.chunks, part.most, parts.DEVIATIONS, totals, *logits, **shape, BM=block, BS=sample, STEPS=9,
+                **flags, **budgets, **summed, num_warps=warps, num_stages=stages, **FUSION,
             )  # fmt: skip
         block, step, warps, stages = tiles.emit
-        emit_kernel[(triton.cdiv(part.rows, block), batch * heads)](
+        emit_kernel[(triton.cdiv(part.rows, block // stacked), ranked)](
             queries, keys, scratch.lows, scratch.highs, stats, scratch.lists, scratch.counts, scratch.reached,
-            *sight.tensors, start, part.rows, *where, part.capacity, *logits, **shape, BM=block, BN=step, **flags,
-            BRACKET=part.chunks > 0, MASS=is_mass, **capped, ASM=queries.is_cuda, num_warps=warps,
+            *sight.tensors, start, part.rows, *where, part.capacity, *logits, totals, **shape, BM=block, BN=step,
+            **flags, BRACKET=part.chunks > 0, MASS=mass is not None, **summed, ASM=queries.is_cuda, num_warps=warps,
             num_stages=stages, **FUSION,
         )  # fmt: skip
         listed = max(64, triton.next_power_of_2(part.capacity))
         lists: Any = (scratch.lows, scratch.highs, scratch.lists, scratch.counts, scratch.reached)
-        seen: Any = (sight.tensors[1], start, part.rows, heads, rows, total, sight.strides[2])
+        seen: Any = (sight.tensors[1], start, part.rows, ranks.rows, rows, total, sight.strides[2])
         options: Any = {
             **flags, "BC": listed, "BRACKET": part.chunks > 0, "num_warps": min(8, max(1, listed // SELECT_WIDTH)),
             "num_stages": 1, **FUSION,
         }  # fmt: skip
-        if is_mass:
-            select_mass_kernel[(part.rows, batch * heads)](
+        if mass:
+            select_mass_kernel[(part.rows, ranked)](
                 *lists, stats, cuts, needs, waiting, queue, *seen, *stack.before.arguments(), part.capacity, *logits,
-                **capped, **options,
+                **summed, **options,
             )  # fmt: skip
         else:
-            select_kernel[(part.rows, batch * heads)](
+            select_kernel[(part.rows, ranked)](
                 *lists, cuts, needs, tied, waiting, queue, *seen, *stack.before.arguments(), *budget, part.capacity,
-                attend_tiles, TILE=attend_rows, **ranks, **options,
+                attend_tiles, TILE=attend_rows, **budgets, **options,
             )  # fmt: skip
         start += part.rows
-    if not is_mass and not any(part.chunks for part in split):  # all candidates were listed: no row can be left
-        return cuts, needs, tied
+    if mass is None and not any(part.chunks for part in split):  # all candidates were listed: no row can be left
+        return cuts, needs, tied, totals
     block, step, warps, pivots = tiles.settle
-    settle_kernel[(triton.cdiv(rows, block), batch * heads)](
+    block = max(block, stacked)
+    settle_kernel[(triton.cdiv(rows, block // stacked), ranked)](
         queries, keys, stats, cuts, needs, tied, waiting, queue, *sight.tensors, *where, *budget, attend_tiles,
-        *logits, **shape, BM=block, BN=step, PIVOTS=pivots, TILE=attend_rows, **flags, **ranks, MASS=is_mass,
-        **capped, num_warps=warps, num_stages=2, **FUSION,
+        *logits, totals, **shape, BM=block, BN=step, PIVOTS=pivots, TILE=attend_rows, **flags, **budgets,
+        MASS=mass is not None, **summed, num_warps=warps, num_stages=2, **FUSION,
     )  # fmt: skip
-    return cuts, needs, tied
+    return cuts, needs, tied, totals
+
+
+def group_stats(shares: torch.Tensor, groups: int, mass: Mass) -> torch.Tensor:
+    """What ``mass_kernel`` finds, for KV heads: ``[3, B, G, Q]`` (the first unread) from ``shares`` ``[B, H, Q]``."""
+    shares = shares.unflatten(1, (groups, -1))
+    free, target = shares.sum(2), mass.top_p - REACHED
+    goal = target * free - (1.0 - target) * (shares.shape[2] - free) if mass.total else target * free
+    return torch.stack([free, goal, free - goal])

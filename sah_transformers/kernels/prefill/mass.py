@@ -54,13 +54,14 @@ def mass_kernel(
     stride_kb, stride_kg, stride_kk, first, first_bits, last, last_bits, target_bits, scale, softcap,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, MASKED: tl.constexpr, TOTAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head, into ``stats`` ``[3, B*H, Q]``.
 
     The highest logit of the candidates (TOTAL: of all visible keys) times log2(e); relative to it the mass that the
     candidates must add to reach the target, at most 0 where the bands hold it already; and the mass to leave out.
     Sums over tiles are float64: the share must not drift with their number.
+    SHARE, with TOTAL: instead log2 of the mass of all visible keys and the candidates' share of it, ``[2, B*H, Q]``.
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -93,10 +94,16 @@ def mass_kernel(
         b_m, b_free, b_band, b_q, p_k, p_mask, b_holes, b_begin, b_end, b_stop, b_start, inner_end, end, K, stride_kk,
         scale, softcap, D, BD, BN, True, MASKED, TOTAL, SOFTCAP, PRECISION,
     )  # fmt: skip
-    target = tl.cast(target_bits, tl.int64).to(tl.float64, bitcast=True)
-    b_goal = target * (b_free + b_band) - b_band
-    p_stats = stats + i_bh * Q + o_q
-    size = tl.num_programs(1).to(tl.int64) * Q
-    tl.store(p_stats, tl.where(b_m > LOWEST, b_m, 0.0), mask=m_q)
-    tl.store(p_stats + size, b_goal.to(tl.float32), mask=m_q)
-    tl.store(p_stats + size * 2, (b_free - b_goal).to(tl.float32), mask=m_q)
+    if SHARE:
+        b_sum = tl.where(b_n > 0, b_free + b_band, 1.0)
+        p_stats = stats + i_bh * Q + o_q
+        tl.store(p_stats, tl.where(b_n > 0, b_m + tl.log2(b_sum.to(tl.float32)), float("inf")), mask=m_q)
+        tl.store(p_stats + tl.num_programs(1).to(tl.int64) * Q, (b_free / b_sum).to(tl.float32), mask=m_q)
+    else:
+        target = tl.cast(target_bits, tl.int64).to(tl.float64, bitcast=True)
+        b_goal = target * (b_free + b_band) - b_band
+        p_stats = stats + i_bh * Q + o_q
+        size = tl.num_programs(1).to(tl.int64) * Q
+        tl.store(p_stats, tl.where(b_m > LOWEST, b_m, 0.0), mask=m_q)
+        tl.store(p_stats + size, b_goal.to(tl.float32), mask=m_q)
+        tl.store(p_stats + size * 2, (b_free - b_goal).to(tl.float32), mask=m_q)

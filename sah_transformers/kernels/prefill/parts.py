@@ -56,24 +56,23 @@ class Part:
     most: int
 
     @classmethod
-    def split(cls, call: Call, stack: Stack, tiles: Tiles) -> list[Part]:
-        """All queries in tiles."""
+    def split(cls, call: Call, stack: Stack, ranked: int, tiles: Tiles) -> list[Part]:
+        """All queries in tiles; ``ranked``: rankings of a query, over all sequences."""
         parts: list[Part] = []
         start = 0
         while start < call.shape[2]:
-            parts.append(cls.of(call, stack, tiles, start))
+            parts.append(cls.of(call, stack, ranked, tiles, start))
             start += parts[-1].rows
         return parts
 
     @classmethod
-    def of(cls, call: Call, stack: Stack, tiles: Tiles, start: int) -> Part:
+    def of(cls, call: Call, stack: Stack, ranked: int, tiles: Tiles, start: int) -> Part:
         """The tile that starts at query ``start``: as many rows as the lists of its last row allow."""
-        batch, heads, queries, _ = call.shape
-        rows = queries - start
+        rows = call.shape[2] - start
         while True:
             seen = call.visibility.reach(start + rows)
             part = cls.sized(rows, seen, stack, tiles)
-            fits = SCRATCH_BYTES // (batch * heads * 16 * part.capacity)
+            fits = SCRATCH_BYTES // (ranked * 16 * part.capacity)
             if rows <= max(fits, 1):
                 return part
             block = tiles.emit[0]

@@ -134,11 +134,17 @@ def products(b_q, b_k, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cap(b_s, scale, softcap):
+    """tanh of ``scale / softcap`` times scores."""
+    b_x = b_s * (scale / softcap)
+    return 1.0 - 2.0 / (tl.exp(2.0 * b_x) + 1.0)
+
+
+@triton.jit
 def logits(b_s, scale, softcap, SOFTCAP: tl.constexpr):
     """Logits of scores ``b_s`` = q·k, times log2(e)."""
     if SOFTCAP:
-        b_x = b_s * (scale / softcap)
-        return (1.0 - 2.0 / (tl.exp(2.0 * b_x) + 1.0)) * (softcap * 1.4426950408889634)
+        return cap(b_s, scale, softcap) * (softcap * 1.4426950408889634)
     else:
         return b_s * (scale * 1.4426950408889634)
 

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from sah_transformers.kernels.prefill.group import weights
 from sah_transformers.kernels.prefill.rows import (
     ALL,
     SMALLEST,
     logits,
-    masses,
     ordered,
     outside,
     restored,
@@ -23,12 +23,16 @@ COUNT_BITS = tl.constexpr(16)
 
 
 @triton.jit
-def search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC: tl.constexpr, SOFTCAP: tl.constexpr):
+def search_mass(
+    p_list, p_count, high, peak, wanted, scale, softcap, BC: tl.constexpr, HEADS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """(known, cut): the highest score of a row's lists at or above which they hold the mass ``wanted``."""
     b_x, m_x = listed_scores(p_list, p_count, BC)
-    top = tl.minimum(logits(high, scale, softcap, SOFTCAP) - peak, 0.0)
+    top = tl.log2(high) if HEADS > 1 else logits(high, scale, softcap, SOFTCAP) - peak
+    top = tl.minimum(top, 0.0)
     unit = tl.exp2(tl.ceil(tl.maximum(top, -90.0)) * -1.0 + FIXED)
-    b_w = ((masses(b_x, peak, scale, softcap, SOFTCAP) * unit + 0.5).to(tl.int64) << COUNT_BITS) + 1
+    b_w = ((weights(b_x, peak, scale, softcap, HEADS, SOFTCAP) * unit + 0.5).to(tl.int64) << COUNT_BITS) + 1
     b_w = tl.where(m_x, b_w, 0)
     want = tl.ceil(tl.minimum(wanted * unit.to(tl.float64), 1.0e18)).to(tl.int64)
     below = ordered(tl.min(tl.where(m_x, b_x, float("inf")))).to(tl.int64)  # at or above it: enough
@@ -61,7 +65,7 @@ def select_mass_kernel(
     lows, highs, lists, list_counts, list_masses, stats, cuts, needs, waiting, queue, limits,
     i_first, rows, H, Q, K, stride_l, first, first_bits, last, last_bits, capacity, scale, softcap,
     BC: tl.constexpr, CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr,
-    BRACKET: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    BRACKET: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One program: the cut of one row from its lists; a row that they cannot decide joins the queue.
 
@@ -93,14 +97,14 @@ def select_mass_kernel(
             high = tl.load(highs + i_row)
         cut = low
         known = (wanted > 0) & (low == high)  # all of the bracket are equal
-        known = known & (tl.sum(tl.abs(b_count), 0) * masses(low, peak, scale, softcap, SOFTCAP) >= wanted)
+        known = known & (tl.sum(tl.abs(b_count), 0) * weights(low, peak, scale, softcap, HEADS, SOFTCAP) >= wanted)
         if (wanted > 0) & (tl.min(b_count, 0) >= 0) & (tl.max(b_count, 0) > 0):
             if tl.max(b_count, 0) <= BC // 4:
-                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 4, SOFTCAP)
+                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 4, HEADS, SOFTCAP)
             elif tl.max(b_count, 0) <= BC // 2:
-                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 2, SOFTCAP)
+                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC // 2, HEADS, SOFTCAP)
             else:
-                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC, SOFTCAP)
+                known, cut = search_mass(p_list, p_count, high, peak, wanted, scale, softcap, BC, HEADS, SOFTCAP)
         if known == 0:
             cut = low
             need = high.to(tl.int32, bitcast=True)

@@ -3,13 +3,12 @@
 import triton
 import triton.language as tl
 
+from sah_transformers.kernels.prefill.group import kv_head, load_queries, load_totals, ranking, weights
 from sah_transformers.kernels.prefill.rows import (
     ALL,
     granted,
     load_columns,
-    load_rows,
     mask_rows,
-    masses,
     ordered,
     outside,
     products,
@@ -24,10 +23,10 @@ def settle_kernel(
     q, k, stats, cuts, needs, tied, waiting, queue, mask, limits,
     H, Q, K, group, stride_mb, stride_mq, stride_l, stride_qb, stride_qh, stride_qq, stride_kb, stride_kg, stride_kk,
     first, first_bits, last, last_bits, budget, budget_bits, tiles,
-    scale, softcap,
+    scale, softcap, totals,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIVOTS: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
-    MASKED: tl.constexpr, MASS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, MASS: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one head's queue; does nothing where the queue is shorter.
 
@@ -37,13 +36,15 @@ def settle_kernel(
     """
     i_bh = tl.program_id(1).to(tl.int64)
     length = tl.load(waiting + i_bh)
-    o_i = tl.program_id(0) * BM + tl.arange(0, BM)
+    BQ: tl.constexpr = BM // HEADS
+    o_i = tl.program_id(0) * BQ + tl.arange(0, BQ)
     m_i = o_i < length
-    if tl.program_id(0) * BM < length:
+    if tl.program_id(0) * BQ < length:
         i_b, i_h = i_bh // H, i_bh % H
         o_q = tl.load(queue + i_bh * Q + o_i, mask=m_i, other=0)
-        b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, o_q, m_i, stride_qq, D, BD)
-        p_k = k + i_b * stride_kb + (i_h // group) * stride_kg
+        b_q = load_queries(q, stride_qb, stride_qh, stride_qq, o_q, m_i, i_b, i_h, group, D, BD, HEADS)
+        b_total = load_totals(totals, o_q, m_i, i_bh, group, Q, HEADS)
+        p_k = k + i_b * stride_kb + kv_head(i_h, group, HEADS) * stride_kg
         b_n, b_begin, b_last, b_stop, b_start = row_limits(
             limits, stride_l, i_b, o_q, m_i, Q, K, first, first_bits, last, last_bits, 5, MASKED, CAUSAL,
             FIRST_IS_SHARE, LAST_IS_SHARE,
@@ -65,24 +66,24 @@ def settle_kernel(
         b_width = (b_to - b_from) * (3.0 / (PIVOTS - 1))  # inf where the bracket is open
         b_pivots = ordered(tl.minimum((b_from - (b_to - b_from))[:, None] + b_width[:, None] * o_p, 3.4e38))
         b_pivots = tl.where(b_width[:, None] < 1e37, b_pivots, ordered(b_from)[:, None] + o_p * 0)
-        b_low = tl.full([BM], -2147483648, tl.int64)  # at or above low: enough candidates
-        b_high = tl.full([BM], 2147483647, tl.int64)  # at or above high: too few
+        b_low = tl.full([BQ], -2147483648, tl.int64)  # at or above low: enough candidates
+        b_high = tl.full([BQ], 2147483647, tl.int64)  # at or above high: too few
         NUMBER: tl.constexpr = tl.float32 if MASS else tl.int32
-        b_at_low = tl.full([BM], float("inf"), tl.float32)
+        b_at_low = tl.full([BQ], float("inf"), tl.float32)
         if not MASS:
             b_at_low = outside(b_n, first, first_bits, last, last_bits, FIRST_IS_SHARE, LAST_IS_SHARE)
-        b_at_high = tl.zeros([BM], NUMBER)
+        b_at_high = tl.zeros([BQ], NUMBER)
         m_open = m_i
         while tl.max(m_open.to(tl.int32), 0) > 0:
-            b_counts = tl.zeros([BM, BN, PIVOTS], NUMBER)
+            b_counts = tl.zeros([BQ, BN, PIVOTS], NUMBER)
             for i_n in range(begin, end, BN):
                 b_k = load_columns(p_k, o_n, i_n, K, stride_kk, D, BD, True)
-                b_s = products(b_q, b_k, PRECISION)
+                b_s = ranking(products(b_q, b_k, PRECISION), b_total, scale, softcap, HEADS, SOFTCAP)
                 m_x = shown(p_mask, i_n + o_n, b_stop, b_start, b_holes, MASKED)
                 b_x = tl.where(m_x, ordered(b_s), -2147483648)
                 m_pivot = b_x[:, :, None] >= b_pivots[:, None, :]
                 if MASS:
-                    b_w = masses(b_s, b_peak[:, None], scale, softcap, SOFTCAP)
+                    b_w = weights(b_s, b_peak[:, None], scale, softcap, HEADS, SOFTCAP)
                     b_counts += tl.where(m_pivot, b_w[:, :, None], 0.0)
                 else:
                     b_counts += m_pivot.to(tl.int32)
