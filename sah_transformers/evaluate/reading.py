@@ -53,8 +53,8 @@ def read(model: Any, ids: torch.Tensor, cache: Any = None) -> Any:
 def decode(model: Any, ids: torch.Tensor, cache: Any, most: int = 1) -> torch.Tensor:
     """Put ``ids [1, n]`` on the cache: the first token alone, then at most ``most`` in a call.
 
-    A row's selection is the same whatever the calls are: what a masker makes at its first call (codebooks) it makes
-    of the same keys as token by token, and all else is per row and key.
+    Every row selects what it selects token by token: codebooks are made in the first call, of the same keys, and all
+    else hangs on the row and on single keys. (Codebooks for which the cache holds too few keys yet are made later.)
 
     Returns:
         Logits ``[n, vocabulary]`` of the token after each.
