@@ -24,6 +24,7 @@ STACKS = {
     "top-k": [*WINDOWS, {"type": "oracle_top_k", "heavy_size": 4}],
     "quest": [*WINDOWS, {"type": "quest", "heavy_size": 8, "page_size": 4}],
     "pq": [*WINDOWS, {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 4, "pq_bits": 2}],
+    "random": [*WINDOWS, {"type": "random_sampling", "sampling_rate": 0.3}],
     "causal": [{"type": "causal"}],
 }
 CHAT = "{% for m in messages %}<u>{{ m.content | trim }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -154,8 +155,11 @@ def test_budgets_replace_the_heavy_size_everywhere():
     assert [two.config.layers["1"][2].heavy_size for two in many] == [0.1, 0.5]
     assert many[0].config.prefill == "dense"
     assert over_budgets(stack("windows"), [0.1]) == [stack("windows")]
+    assert [two.config.maskers[2].sampling_rate for two in over_budgets(stack("random"), [0.1, 0.5])] == [0.1, 0.5]
     with pytest.raises(ValueError, match="budgets must be"):
         over_budgets(one, [1.5])
+    with pytest.raises(ValueError, match="sampling_rate must be"):
+        over_budgets(stack("random"), [8])
 
 
 # the needle

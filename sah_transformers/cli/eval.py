@@ -27,7 +27,7 @@ Sparse = Annotated[
     typer.Option(help=SPARSE_HELP + " Repeat it to compare several; NAME=... gives a stack its name in the table."),
 ]
 Budgets = Annotated[
-    str | None, typer.Option(help="Each stack once per budget, put into its heavy_size, for example 0.01,0.05,0.2.")
+    str | None, typer.Option(help="Each stack once per budget, put into its heavy_size or sampling_rate, as in 0.01,0.2.")
 ]
 Text = Annotated[Path | None, typer.Option(help="A file of prose. Default: a text of 7,000 tokens that ships along.")]
 Json = Annotated[
@@ -229,7 +229,7 @@ def _stacks(sparse: Sequence[str] | None, budgets: str | None) -> list[Stack]:
         except ValueError as error:
             raise WrongUse(f"--budgets: {str(error).removeprefix('budgets ')}") from None
     if budgets is not None and all(stack.budget is None for stack in found):
-        raise WrongUse("--budgets: no masker of these stacks has a heavy_size")
+        raise WrongUse("--budgets: no masker of these stacks has a heavy_size or a sampling_rate")
     return found
 
 
