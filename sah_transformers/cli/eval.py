@@ -27,7 +27,8 @@ Sparse = Annotated[
     typer.Option(help=SPARSE_HELP + " Repeat it to compare several; NAME=... gives a stack its name in the table."),
 ]
 Budgets = Annotated[
-    str | None, typer.Option(help="Each stack once per budget, put into its heavy_size or sampling_rate, as in 0.01,0.2.")
+    str | None,
+    typer.Option(help="Each stack once per budget, put into its heavy_size or sampling_rate: 0.01,0.05,0.2."),
 ]
 Text = Annotated[Path | None, typer.Option(help="A file of prose. Default: a text of 7,000 tokens that ships along.")]
 Json = Annotated[
