@@ -26,6 +26,10 @@ CONFIGS = {
         {"type": st.just("oracle_top_p"), "top_p": TOP_P},
         optional={"gqa": GQA, "coverage": st.sampled_from(["remaining", "total"])},
     ),
+    "random_sampling": st.fixed_dictionaries(
+        {"type": st.just("random_sampling"), "sampling_rate": st.sampled_from([1e-4, 0.1, 0.29, 0.5, 1.0])},
+        optional={"seed": st.integers(0, 3)},
+    ),
 }
 ADDING = [kind for kind in CONFIGS if kind != "causal"]  # after `causal` nothing is left to add
 STACKS = st.lists(st.sampled_from([*ADDING * 3, "causal"]).flatmap(CONFIGS.get), max_size=4)

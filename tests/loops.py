@@ -296,12 +296,38 @@ def oracle_top_p(config, rows: Rows) -> None:
         activate(rows, b, [h], i, *reach(candidates, x, held, config["top_p"]))
 
 
+def splitmix(*counters: int) -> float:
+    """A number in [0, 1) for the counters: SplitMix64's finaliser after adding each to the state."""
+    state, whole = 0, 2**64 - 1
+    for counter in counters:
+        state = (state + counter + 0x9E3779B97F4A7C15) & whole
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & whole
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & whole
+        state ^= state >> 31
+    return (state >> 11) / 2**53
+
+
+def random_sampling(config, rows: Rows) -> None:
+    place = np.cumsum(rows.inputs.real, axis=-1) - 1
+    for b, h, i in rows:
+        seen = positions(rows.visible[b, h, i])
+        candidates = [j for j in seen if rows.weights[b, h, i, j] == 0]
+        if not candidates:
+            continue
+        at = (config.get("seed", 0), rows.inputs.layer, h, int(place[b, seen[-1]]))
+        order = sorted(candidates, key=lambda j: (-splitmix(*at, int(place[b, j])), j))
+        size = budget(config["sampling_rate"], len(candidates))
+        for j in order[:size]:
+            rows.weights[b, h, i, j] = to_float32(size / len(candidates))
+
+
 LOOPS = {
     "sink": sink,
     "local": local,
     "causal": causal,
     "oracle_top_k": oracle_top_k,
     "oracle_top_p": oracle_top_p,
+    "random_sampling": random_sampling,
 }
 
 

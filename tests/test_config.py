@@ -64,6 +64,7 @@ EXAMPLES = {
         },
     ],
     "socket": [{"heavy_size": 0.1}, {"heavy_size": 9, "gqa": "group", "K": 4, "L": 10, "tau": 0.5}],
+    "random_sampling": [{"sampling_rate": 0.1}, {"sampling_rate": 1.0, "seed": 3}],
 }
 
 
@@ -167,15 +168,30 @@ def test_a_lone_masker_is_shown_as_a_list(place):
         parse(place(MaskerRegistry.config_from(sink())))
 
 
-NO_BUDGET = [True, False, math.nan, math.inf, 1.5, 0, 0.0, -1, -0.5, "5", "0.05", None, [1]]
+WITHOUT_BUDGET = ("causal", "oracle_top_p", "random_sampling")
+WRONG_BUDGETS = [True, False, math.nan, math.inf, 1.5, 0, 0.0, -1, -0.5, "5", "0.05", None, [1]]
 
 
-@pytest.mark.parametrize("value", NO_BUDGET, ids=repr)
-@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in ("causal", "oracle_top_p")])
+@pytest.mark.parametrize("value", WRONG_BUDGETS, ids=repr)
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in WITHOUT_BUDGET])
 def test_budgets_are_checked(kind, value):
     field = next(iter(EXAMPLES[kind][0]))
     with pytest.raises(ValueError, match=rf"^maskers\[1\]\.{field} must be .*int.*float in \(0, 1\]") as caught:
         parse(stack({"type": "causal"}, {"type": kind, **EXAMPLES[kind][0], field: value}))
+    assert f"got {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [*WRONG_BUDGETS, 1, 2], ids=repr)
+def test_sampling_rates_are_checked(value):
+    with pytest.raises(ValueError, match=r"^maskers\[0\]\.sampling_rate must be a float in \(0, 1\]") as caught:
+        parse(stack({"type": "random_sampling", "sampling_rate": value}))
+    assert f"got {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1, 2**62 + 1, 0.5, True, "1", None], ids=repr)
+def test_seeds_are_checked(value):
+    with pytest.raises(ValueError, match=r"^maskers\[0\]\.seed must be an int from 0 to 2\*\*62") as caught:
+        parse(stack({"type": "random_sampling", "sampling_rate": 0.5, "seed": value}))
     assert f"got {value!r}" in str(caught.value)
 
 

@@ -6,15 +6,16 @@ import re
 
 import pytest
 import torch
-from sparse_models import build, prompt, selections
+from sparse_models import build, by_position, prompt, selections
 from test_cli import sah
+from test_invariances import assert_same_selections, every_stack
 
 import sah_transformers
 from sah_transformers import evaluate
 from sah_transformers.evaluate import Prompt, Stack, cut, evaluate_needle, evaluate_text, make_prompt, over_budgets
 from sah_transformers.evaluate.mass import measuring
 from sah_transformers.evaluate.prompts import CITIES, HAYSTACK, QUESTION, sentences_of
-from sah_transformers.evaluate.reading import decode, read
+from sah_transformers.evaluate.reading import decode, read, sparse
 from sah_transformers.evaluate.text import compare
 
 WINDOWS = [{"type": "sink", "sink_size": 2}, {"type": "local", "window_size": 3}]
@@ -23,6 +24,7 @@ STACKS = {
     "top-k": [*WINDOWS, {"type": "oracle_top_k", "heavy_size": 4}],
     "quest": [*WINDOWS, {"type": "quest", "heavy_size": 8, "page_size": 4}],
     "pq": [*WINDOWS, {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 4, "pq_bits": 2}],
+    "random": [*WINDOWS, {"type": "random_sampling", "sampling_rate": 0.3}],
     "causal": [{"type": "causal"}],
 }
 CHAT = "{% for m in messages %}<u>{{ m.content | trim }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -153,8 +155,11 @@ def test_budgets_replace_the_heavy_size_everywhere():
     assert [two.config.layers["1"][2].heavy_size for two in many] == [0.1, 0.5]
     assert many[0].config.prefill == "dense"
     assert over_budgets(stack("windows"), [0.1]) == [stack("windows")]
+    assert [two.config.maskers[2].sampling_rate for two in over_budgets(stack("random"), [0.1, 0.5])] == [0.1, 0.5]
     with pytest.raises(ValueError, match="budgets must be"):
         over_budgets(one, [1.5])
+    with pytest.raises(ValueError, match="sampling_rate must be"):
+        over_budgets(stack("random"), [8])
 
 
 # the needle
@@ -255,6 +260,24 @@ def test_compare_takes_tokens_that_are_ruled_out_and_shows_nan():
     ruled_out = torch.tensor([[1.0, 2.0, float("-inf")]]).log_softmax(-1)
     assert compare(ruled_out, ruled_out) == (0.0, 1.0)
     assert compare(ruled_out, torch.full((1, 3), float("nan")))[0] != 0.0
+
+
+# decoding
+
+
+@every_stack
+def test_rows_of_one_call_select_what_they_select_one_by_one(stack):
+    """Windows and pages are far shorter than the calls; the text before them is long enough for codebooks."""
+    model, ids = build(), prompt(60, seed=3)
+    config = sah_transformers.SparseAttentionConfig.from_dict({"maskers": stack, "prefill": "dense"})
+    found = []
+    for most in (1, 16, 64):
+        cache = read(model, ids[:, :20])
+        with sparse(model, config), selections() as log:
+            found.append((decode(model, ids[:, 20:], cache, most), by_position(log)))
+    for logits, selected in found[1:]:
+        torch.testing.assert_close(logits, found[0][0])
+        assert_same_selections(selected, found[0][1], exact=True)
 
 
 # mass

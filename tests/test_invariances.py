@@ -57,6 +57,10 @@ STACKS = {
         [{"type": "socket", "heavy_size": 3, "K": 4, "L": 9}],
         [*BEFORE, {"type": "socket", "heavy_size": 0.3, **GROUP}],
     ],
+    "random_sampling": [
+        [{"type": "random_sampling", "sampling_rate": 0.3}],
+        [*BEFORE, {"type": "random_sampling", "sampling_rate": 0.2, "seed": 5}],
+    ],
 }
 FITS = ["pq_cache-0", "pq_cache-1"]  # made of the prompt by the first call that is long enough: chunks of it differ
 EVERY = [pytest.param(stack, id=f"{kind}-{i}") for kind, stacks in STACKS.items() for i, stack in enumerate(stacks)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from sah_transformers.cli.screen import errors_in_one_line
 
 if TYPE_CHECKING:
     from sah_transformers.evaluate import Prompt, Stack
+    from sah_transformers.evaluate.reading import Tell
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped with Ctrl-C."""
@@ -26,7 +27,8 @@ Sparse = Annotated[
     typer.Option(help=SPARSE_HELP + " Repeat it to compare several; NAME=... gives a stack its name in the table."),
 ]
 Budgets = Annotated[
-    str | None, typer.Option(help="Each stack once per budget, put into its heavy_size, for example 0.01,0.05,0.2.")
+    str | None,
+    typer.Option(help="Each stack once per budget, put into its heavy_size or sampling_rate: 0.01,0.05,0.2."),
 ]
 Text = Annotated[Path | None, typer.Option(help="A file of prose. Default: a text of 7,000 tokens that ships along.")]
 Json = Annotated[
@@ -80,8 +82,12 @@ def needle(
         ]
     except ValueError as error:
         raise WrongUse(f"--lengths, --depths: {error}") from None
-    with _Bar(len(prompts), 1 + len(stacks) * len(chosen_setups)) as bar:
-        outcomes, complete = bar.collect(evaluate_needle(loaded, prompts, stacks, chosen_setups, bar.tell))
+    outcomes, complete = _collect(
+        "asking",
+        len(prompts),
+        1 + len(stacks) * len(chosen_setups),
+        lambda tell: evaluate_needle(loaded, prompts, stacks, chosen_setups, tell),
+    )
     if not outcomes:
         raise typer.Exit(INTERRUPTED)
     rows = report.needle_rows(outcomes, stacks, chosen_setups)
@@ -109,7 +115,7 @@ def text(
     sparse: Sparse = None,
     segments: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 4,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a piece that are read densely.")] = 1500,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens after them, decoded one by one.")] = 120,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens after them, each predicted from the text's own.")] = 120,
     budgets: Budgets = None,
     text: Text = None,
     json: Json = None,
@@ -131,8 +137,12 @@ def text(
         pieces = cut(tokenizer, prose, context + tokens, segments)
     except ValueError as error:
         raise WrongUse(f"--segments, --context, --tokens: {error}") from None
-    with _Bar(len(pieces), 1 + len(stacks)) as bar:
-        found, complete = bar.collect(evaluate_text(loaded, pieces, context, stacks, bar.tell))
+    found, complete = _collect(
+        "predicting",
+        len(pieces),
+        1 + len(stacks),
+        lambda tell: evaluate_text(loaded, pieces, context, stacks, tell),
+    )
     if not found:
         raise typer.Exit(INTERRUPTED)
     rows = report.text_rows(found, stacks)
@@ -150,51 +160,32 @@ def text(
         raise typer.Exit(INTERRUPTED)
 
 
-class _Bar:
-    """A progress bar on stderr over ``items`` of ``steps`` each; a line per item where stderr is no terminal."""
+def _collect(what: str, items: int, steps: int, start: Callable[[Tell], Iterable[Any]]) -> tuple[list[Any], bool]:
+    """(the items that were done, whether all of them were), behind a progress bar: Ctrl-C keeps what there is.
 
-    def __init__(self, items: int, steps: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as TimeLeftColumn
+    Args:
+        what: what is being done; items: how many there are, of ``steps`` each.
+        start: gives the items, and tells what it has done after each step.
+    """
+    from sah_transformers.cli.screen import bar
 
-        console = Console(stderr=True, highlight=False)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeLeftColumn(),
-            TextColumn("{task.description}"),
-        )
-        self.live = console.is_terminal
-        self.bar = Progress(*columns, console=console, transient=True, disable=not self.live)
-        self.items, self.steps = items, steps
-        self.task = self.bar.add_task("reading", total=items * steps)
+    found: list[Any] = []
+    done = 0
+    with bar() as draw:
 
-    def __enter__(self) -> _Bar:
-        self.bar.__enter__()
-        return self
+        def tell(just: str) -> None:
+            nonlocal done
+            done += 1
+            draw(what, done, items * steps, just)
 
-    def __exit__(self, *error: Any) -> None:
-        self.bar.__exit__(*error)
-
-    def tell(self, what: str) -> None:
-        """One step is done; ``what`` it was is shown."""
-        self.bar.update(self.task, advance=1, description=what)
-
-    def collect(self, found: Iterable[Any]) -> tuple[list[Any], bool]:
-        """(the items that were done, whether all of them were): Ctrl-C keeps what there is."""
-        items = []
         try:
-            for item in found:
-                items.append(item)
-                self.bar.update(self.task, completed=len(items) * self.steps)
-                if not self.live:
-                    typer.echo(f"{len(items)} of {self.items} done", err=True)
+            for item in start(tell):
+                found.append(item)
+                done = len(found) * steps
         except KeyboardInterrupt:
-            typer.echo(f"interrupted: {len(items)} of {self.items} done", err=True)
-            return items, False
-        return items, True
+            typer.echo(f"interrupted: {len(found)} of {items} done", err=True)
+            return found, False
+    return found, True
 
 
 def _names(option: str, given: str, known: Iterable[str]) -> list[str]:
@@ -239,7 +230,7 @@ def _stacks(sparse: Sequence[str] | None, budgets: str | None) -> list[Stack]:
         except ValueError as error:
             raise WrongUse(f"--budgets: {str(error).removeprefix('budgets ')}") from None
     if budgets is not None and all(stack.budget is None for stack in found):
-        raise WrongUse("--budgets: no masker of these stacks has a heavy_size")
+        raise WrongUse("--budgets: no masker of these stacks has a heavy_size or a sampling_rate")
     return found
 
 

@@ -49,8 +49,10 @@ def spinner(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr: call what it yields with (what, done, total); a new ``what`` starts a new bar.
+def bar() -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr: call what it yields with (what, done, total) and, if you like, what was done last.
+
+    A new ``what`` starts a new bar.
 
     A log file gets a line for each ``what``, and one every half minute.
     """
@@ -68,25 +70,32 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     if not stream.is_terminal:
         last, since = "", time.monotonic()
 
-        def tell(what: str, done: int, total: int) -> None:
+        def tell(what: str, done: int, total: int, just: str = "") -> None:
             nonlocal last, since
             if what != last or time.monotonic() - since > LOG_S:
-                stream.print(f"{what}: {done} of {total}", markup=False)
+                stream.print(f"{what}: {done} of {total}{just and f', {just}'}", markup=False)
                 last, since = what, time.monotonic()
 
         yield tell
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stream, transient=True) as progress:
-        task = progress.add_task("", total=1)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[just]}", markup=False),
+    )
+    with Progress(*columns, console=stream, transient=True) as progress:
+        task = progress.add_task("", total=1, just="")
         shown = ""
 
-        def draw(what: str, done: int, total: int) -> None:
+        def draw(what: str, done: int, total: int, just: str = "") -> None:
             nonlocal shown
             if what != shown:
                 progress.reset(task, description=what)
                 shown = what
-            progress.update(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total, just=just)
 
         yield draw
 

@@ -11,7 +11,7 @@ import torch
 
 from sah_transformers.attention import Call, run
 from sah_transformers.kernels.dispatch import fast_attention
-from sah_transformers.kernels.masked_attention import masked_attention
+from sah_transformers.kernels.masked_attention.reference import HIDDEN, softmax_of
 from sah_transformers.mask import Mask
 from sah_transformers.record import attached
 
@@ -76,10 +76,10 @@ class Mass:
     def _measure(self, call: Call, masks: list[Mask]) -> None:
         for (start, stop), mask in zip(call.blocks(), masks, strict=True):
             rows = call.rows(start, stop, call.queries[:, :, start:stop], call.keys, call.values)
-            everything = Mask.create_full_mask(rows.shape, device=rows.keys.device)
-            sinks = call.block_sinks(start, stop)
-            _, weights = masked_attention(rows.scores(), rows.values, everything, rows.visible, sinks)
-            active = mask.active() if rows.visible is None else mask.active() & rows.visible
+            scores, active = rows.scores(), mask.active()
+            if rows.visible is not None:
+                scores, active = scores.masked_fill(~rows.visible, HIDDEN), active & rows.visible
+            weights = softmax_of(scores, call.block_sinks(start, stop))
             mass, held = weights.sum(-1), weights * active
             recall = held.sum(-1) / mass.masked_fill(mass == 0, 1.0)
             first = self._length - call.shape[3]  # a layer with a window has dropped the keys before

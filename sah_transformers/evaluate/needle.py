@@ -80,7 +80,8 @@ def evaluate_needle(
         context, question = ids[:, : prompt.question], ids[:, prompt.question : -1]
         after_context = read(model, context)
         after_question = read(model, question, deepcopy(after_context))
-        dense = _right(decode(model, fed, deepcopy(after_question)), answer) == answer.shape[1]
+        logits = decode(model, fed, deepcopy(after_question), fed.shape[1])
+        dense = _right(logits, answer) == answer.shape[1]
         tell(f"dense attention {'answers' if dense else 'fails'}")
         outcome = Outcome(prompt, dense)
         for stack in stacks if dense else ():
@@ -107,7 +108,7 @@ def _ask(
     with sparse(model, stack.config), measuring(model, needle) as mass:
         for start in range(0, question.shape[1], step):
             read(model, question[:, start : start + step], cache)
-        logits = decode(model, fed, cache)
+        logits = decode(model, fed, cache, step)
     rows = max(mass.rows.values(), default=0)
     right = _right(logits, answer)
     return Answer(stack, setup, right, answer.shape[1], rows, mass.density, mass.recall, mass.needle_recall)

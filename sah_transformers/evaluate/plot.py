@@ -57,10 +57,12 @@ def _panel(axes: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     """One figure of the rows over their budgets."""
     for number, stack in enumerate(dict.fromkeys(row["stack"] for row in rows)):
         points = [(row["budget"], row[name]) for row in rows if row["stack"] == stack and row[name] is not None]
+        again, colour = divmod(number, 10)  # ten colours, then the same with other lines
+        look: dict[str, Any] = {"color": f"C{colour}", "label": stack}
         if points and points[0][0] is None:
-            axes.axhline(points[0][1], color=f"C{number % 10}", linestyle="--", label=stack)
+            axes.axhline(points[0][1], linestyle=":" if again else "--", **look)
         else:
-            axes.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=f"C{number % 10}", label=stack)
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "s-." if again else "o-", **look)
     axes.set_xscale("log")
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
     axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])

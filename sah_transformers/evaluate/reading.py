@@ -50,14 +50,15 @@ def read(model: Any, ids: torch.Tensor, cache: Any = None) -> Any:
 
 
 @torch.no_grad()
-def decode(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Put ``ids [1, n]`` on the cache token by token.
+def decode(model: Any, ids: torch.Tensor, cache: Any, most: int = 1) -> torch.Tensor:
+    """Put ``ids [1, n]`` on the cache: the first token alone, then at most ``most`` in a call.
+
+    Every row selects what it selects token by token: codebooks are made in the first call, of the same keys, and all
+    else hangs on the row and on single keys. (Codebooks for which the cache holds too few keys yet are made later.)
 
     Returns:
         Logits ``[n, vocabulary]`` of the token after each.
     """
-    rows = []
-    for i in range(ids.shape[1]):
-        out = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        rows.append(out.logits[0, -1])
-    return torch.stack(rows)
+    parts = [ids[:, :1], *ids[:, 1:].split(max(1, most), dim=1)]
+    rows = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts if part.numel()]
+    return torch.cat(rows)

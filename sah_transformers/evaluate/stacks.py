@@ -12,7 +12,8 @@ from sah_transformers.config import SparseAttentionConfig
 if TYPE_CHECKING:
     from sah_transformers.maskers import MaskerConfig
 
-BUDGET = "heavy_size"
+BUDGETS = ("heavy_size", "sampling_rate")
+"""Fields of maskers that hold a budget."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Stack:
     Attributes:
         name: how tables call it; all budgets of one stack share it.
         config: the configuration.
-        budget: the ``heavy_size`` put into its maskers; None for its own.
+        budget: the one put into its maskers' fields of ``BUDGETS``; None for their own.
     """
 
     name: str
@@ -39,16 +40,16 @@ class Stack:
 
 
 def over_budgets(stack: Stack, budgets: Iterable[float]) -> list[Stack]:
-    """The stack once per budget; unchanged and once where none of its maskers has a ``heavy_size``.
+    """The stack once per budget; unchanged and once where none of its maskers has a field of ``BUDGETS``.
 
     Raises:
-        ValueError: for a number that is no budget.
+        ValueError: for a number that is no budget, or none of theirs.
     """
     config, wanted = stack.config, list(budgets)
     for budget in wanted:
         check_budget("budgets", budget)
     everywhere = [config.maskers, *config.layers.values()]
-    if not wanted or not any(_has_budget(masker) for maskers in everywhere for masker in maskers):
+    if not wanted or not any(_budget_fields(masker) for maskers in everywhere for masker in maskers):
         return [stack]
     return [
         Stack(
@@ -64,9 +65,9 @@ def over_budgets(stack: Stack, budgets: Iterable[float]) -> list[Stack]:
     ]
 
 
-def _has_budget(masker: MaskerConfig) -> bool:
-    return any(field.name == BUDGET for field in fields(masker))
+def _budget_fields(masker: MaskerConfig) -> list[str]:
+    return [field.name for field in fields(masker) if field.name in BUDGETS]
 
 
 def _with(maskers: Sequence[MaskerConfig], budget: float) -> tuple[MaskerConfig, ...]:
-    return tuple(replace(one, **{BUDGET: budget}) if _has_budget(one) else one for one in maskers)
+    return tuple(replace(one, **dict.fromkeys(_budget_fields(one), budget)) for one in maskers)

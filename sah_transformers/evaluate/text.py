@@ -58,7 +58,7 @@ def cut(tokenizer: Any, text: str, length: int, count: int) -> list[torch.Tensor
 def evaluate_text(
     model: Any, segments: Sequence[torch.Tensor], context: int, stacks: Sequence[Stack], tell: Tell = silent
 ) -> Iterator[list[Fidelity]]:
-    """Read ``context`` tokens of each segment densely, decode the rest token by token with each stack.
+    """Read ``context`` tokens of each segment densely, then the rest with each stack, as token by token.
 
     Args:
         model: a dense model; it is dense again after each segment.
@@ -71,13 +71,14 @@ def evaluate_text(
     for number, segment in enumerate(segments):
         ids = segment.to(model.device)
         cache = read(model, ids[:, :context])
-        dense = decode(model, ids[:, context:], deepcopy(cache)).double().log_softmax(-1)
+        rest = ids[:, context:]
+        dense = decode(model, rest, deepcopy(cache), rest.shape[1]).double().log_softmax(-1)
         tell("dense attention")
         found = []
         for stack in stacks:
             own = deepcopy(cache)
             with sparse(model, stack.config), measuring(model) as mass:
-                logits = decode(model, ids[:, context:], own)
+                logits = decode(model, rest, own, stack.config.decode_max_queries)
             kl, agreement = compare(dense, logits.double().log_softmax(-1))
             found.append(Fidelity(stack, number, len(logits), kl, agreement, mass.density, mass.recall))
             tell(stack.label)

@@ -9,6 +9,7 @@ from sah_transformers.maskers.oracle_top_k import OracleTopK, OracleTopKConfig
 from sah_transformers.maskers.oracle_top_p import OracleTopPMasker, OracleTopPMaskerConfig
 from sah_transformers.maskers.pq_cache import PQCache, PQCacheConfig
 from sah_transformers.maskers.quest import QuestTopKMasker, QuestTopKMaskerConfig
+from sah_transformers.maskers.random_sampling import RandomSamplingMasker, RandomSamplingMaskerConfig
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.sink import SinkMasker, SinkMaskerConfig
 from sah_transformers.maskers.socket import SocketMasker, SocketMaskerConfig
@@ -35,6 +36,8 @@ __all__ = [
     "PQCacheConfig",
     "QuestTopKMasker",
     "QuestTopKMaskerConfig",
+    "RandomSamplingMasker",
+    "RandomSamplingMaskerConfig",
     "SinkMasker",
     "SinkMaskerConfig",
     "SocketMasker",

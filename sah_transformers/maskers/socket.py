@@ -91,22 +91,25 @@ class SocketMasker(TopKMasker):
         return {"buckets": torch.cat(words, dim=2), "norm": norm}
 
     def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """In float64, one table after the other: nothing needs a second look, and memory is that of the scores."""
+        """In float64, one table after the other: nothing needs a second look, and memory is that of the scores.
+
+        A key copies the probabilities of its bucket for all rows at once, which lie side by side.
+        """
         buckets, norm = ctx.side["buckets"], ctx.side["norm"].double()
         batch, groups, size = norm.shape
         heads, rows, dim = queries.shape[1:]
-        folded = queries.double().reshape(batch, groups, heads // groups * rows, dim)
+        each = heads // groups * rows
+        folded = queries.double().reshape(batch, groups, each, dim)
         planes = hyperplanes(ctx.layer_idx, self.config.L, self.config.K, dim, queries.device)
         half = self.config.K // 2
-        scores = folded.new_zeros(batch, groups, heads // groups * rows, size)
+        scores = folded.new_zeros(batch * groups * size, each)
         for table in range(self.config.L):
             soft = soft_hash(folded, planes[table])
-            bucket = unpack(buckets, table, self.config.K)[:, :, None]  # [B, G, 1, K]
-            low = probabilities(soft[..., :half], self.config.tau)
-            high = probabilities(soft[..., half:], self.config.tau)
-            low = low.gather(-1, (bucket & (2**half - 1)).expand_as(scores))
-            scores += low.mul_(high.gather(-1, (bucket >> half).expand_as(scores)))
-        return scores.mul_(norm[:, :, None]).view(batch, heads, rows, size)
+            bucket = unpack(buckets, table, self.config.K)  # [B, G, K]
+            low = of_buckets(probabilities(soft[..., :half], self.config.tau), bucket & (2**half - 1))
+            scores += low.mul_(of_buckets(probabilities(soft[..., half:], self.config.tau), bucket >> half))
+        scores = scores.view(batch, groups, size, each).mul_(norm[..., None])
+        return scores.transpose(-1, -2).reshape(batch, heads, rows, size)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,6 +146,13 @@ def probabilities(soft: torch.Tensor, tau: float) -> torch.Tensor:
     for logit in (2 / tau * soft).unbind(-1):
         table = torch.cat([table * torch.sigmoid(-logit)[..., None], table * torch.sigmoid(logit)[..., None]], dim=-1)
     return table
+
+
+def of_buckets(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
+    """The column of ``table [B, G, R, n]`` that each of the keys' ``bucket [B, G, K]`` names: ``[B * G * K, R]``."""
+    columns = table.transpose(-1, -2).flatten(0, 2)  # [B * G * n, R]
+    first = torch.arange(0, len(columns), table.shape[-1], device=bucket.device)
+    return columns.index_select(0, (bucket + first.view(*bucket.shape[:2], 1)).flatten())
 
 
 def pack(bits: torch.Tensor) -> torch.Tensor:
