@@ -1,9 +1,9 @@
-"""A layer's attention as one operator of PyTorch's: all that ``torch.compile`` and CUDA graphs see of it.
+"""A layer's attention as operators of PyTorch's: all that ``torch.compile`` and CUDA graphs see of it.
 
-The operator takes tensors and the number of a ``LayerPlan``. It covers calls that keep no side data: everything that
-they depend on is in the tensors, a static cache's valid length as a boolean mask over its whole buffer. What it does
-not cover leaves the graph (``attend_planned``). Side data could come the same way, as tensors of static address beside
-the keys, with the cache's length as a tensor; they are still appended by the host.
+An operator takes tensors and the number of a ``LayerPlan``: everything that a call depends on is in the tensors, a
+static cache's valid length as a boolean mask over its whole buffer. Side data come as tensors of static address beside
+the keys, which the operator mutates, with the cache's length as a tensor. What is not covered leaves the graph
+(``attend_planned``).
 """
 
 from __future__ import annotations
