@@ -31,7 +31,7 @@ test-oldest: $(OLDEST)/installed
 
 compile: install $(OLDEST)/installed
 	$(BIN)/python $(COMPILE)
-	$(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
+	KERNEL_FORMS=usual $(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
 
 lint: install types
 	$(BIN)/ruff check .

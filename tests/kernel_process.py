@@ -35,9 +35,22 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     assert " passed" in result.stdout
 
 
-def compiles(file, architecture, least, *options, timeout=1200):
-    """Run ``file``, which prints a line for each kernel that it compiles for ``architecture``, at least ``least``."""
+ARCHITECTURES = (80, 90, 100)
+WHOLE = 90
+"""The architecture that the tests compile every form of every kernel for, on the newest Triton.
+
+For the others, and with ``KERNEL_FORMS=usual``, every kernel in its usual forms. Run alone, the files compile all."""
+
+
+def compiles(file, architecture, least, usual, *options, timeout=1200):
+    """Run ``file``, which prints a line for each kernel that it compiles for ``architecture``.
+
+    Args:
+        least: lines of all forms; usual: of the usual ones.
+    """
     pytest.importorskip("triton")
+    if architecture != WHOLE or os.environ.get("KERNEL_FORMS") == "usual":
+        least, options = usual, (*options, "--usual")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, file, str(architecture), *options]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_process import compiles
-from test_kernel_compile import ARCHITECTURES, Launch, compiled, resources
+from kernel_process import ARCHITECTURES, compiles
+from test_kernel_compile import Launch, compiled, resources
 
 FORMS = {
     "masses": {},
@@ -19,6 +19,7 @@ FORMS = {
     "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
     "summed": {"summed": True, "masses": False},
 }
+USUAL = ("masses", "peaks, masked", "summed")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
 SUMMED = ("hash_attention", "socket")
 
@@ -88,11 +89,11 @@ def launches(
     return recorded
 
 
-def main(architectures, verbose):
+def main(architectures, verbose, usual):
     for architecture in architectures:
         for name in METHODS:
             for form, options in FORMS.items():
-                if options.get("summed") and name not in SUMMED:
+                if (options.get("summed") and name not in SUMMED) or (usual and form not in USUAL):
                     continue
                 for launch in launches(name, **options):
                     result = compiled(launch, architecture)
@@ -104,8 +105,8 @@ def main(architectures, verbose):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    compiles(__file__, architecture, 45, "--quiet")
+    compiles(__file__, architecture, 45, 25, "--quiet")
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [90], "--quiet" not in sys.argv)
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [90], "--quiet" not in sys.argv, "--usual" in sys.argv)

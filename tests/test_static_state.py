@@ -27,6 +27,9 @@ from sah_transformers.state import LayerState
 from sah_transformers.static_state import CapturedState, StaticState
 
 IDS, PADDING = left_padded([prompt(13), prompt(11, seed=1)])
+quick_methods = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in ("quest", "pq_cache") else pytest.mark.slow) for name in METHODS]
+)
 BOTH = pytest.mark.parametrize("prefill", ["same", "dense"])
 
 
@@ -103,7 +106,7 @@ def test_inductor(method):
 
 @pytest.mark.core
 @BOTH
-@every_method
+@quick_methods
 def test_a_second_prompt_on_the_same_cache(method, prefill):
     """Shorter than the first: nothing of that is left, and nothing is compiled again."""
     model, cache = sparse({"maskers": stack(method), "prefill": prefill}), None
@@ -128,7 +131,7 @@ def steps(model, cache, ids, run=None):
     return torch.cat([run(input_ids=one, past_key_values=cache).logits for one in ids.split(1, dim=1)], dim=1)
 
 
-@every_method
+@quick_methods
 def test_eager_and_compiled_steps_take_turns(method):
     """The host does not see what compiled steps append; a question of several tokens is read eagerly in between."""
     model = sparse({"maskers": stack(method), "prefill": "dense"})
@@ -145,7 +148,7 @@ def test_eager_and_compiled_steps_take_turns(method):
 
 
 @pytest.mark.parametrize("back", [1, 9])
-@every_method
+@quick_methods
 def test_a_sequence_cut_back_by_hand(method, back):
     """Where `cumulative_length` is taken back, which is all that there is to a static cache's crop."""
     model = sparse(stack(method))
@@ -196,7 +199,7 @@ def test_codebooks_are_those_of_a_whole_prompt_however_it_was_read(options):
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])
-@every_method
+@quick_methods
 def test_copies_of_a_cache_go_their_own_ways(method, how):
     model = sparse(stack(method))
     run = torch.compile(model, backend="aot_eager")
@@ -237,7 +240,7 @@ def test_several_maskers_with_side_data_and_others_for_the_prompt():
     assert graphs() == 1
 
 
-@every_method
+@quick_methods
 def test_the_operator_keeps_its_promises(method):
     """Schema, fake implementation and tracing, by PyTorch's own checks."""
     model = sparse(stack(method))
