@@ -12,7 +12,7 @@ help:
 	@echo "make test         the tests"
 	@echo "make slow         the tests that take minutes"
 	@echo "make test-oldest  the core tests on the oldest supported Transformers"
-	@echo "make compile      every GPU kernel for sm_80, sm_90, sm_100, on the newest and the oldest Triton (no GPU)"
+	@echo "make compile      every GPU kernel for sm_80, sm_90, sm_100, on the newest and the oldest Triton (no GPU); make slow: in more forms"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        sah bench, then memory and a decode step of a real model"
 	@echo "make clean        remove both environments"
@@ -30,7 +30,7 @@ test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -m "core and not slow" -n auto --maxprocesses 4 -p no:cacheprovider
 
 compile: install $(OLDEST)/installed
-	$(BIN)/python $(COMPILE)
+	KERNEL_FORMS=usual $(BIN)/python $(COMPILE)
 	KERNEL_FORMS=usual $(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
 
 lint: install types

@@ -37,9 +37,10 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
 
 ARCHITECTURES = (80, 90, 100)
 WHOLE = 90
-"""The architecture that the tests compile every form of every kernel for, on the newest Triton.
+"""The architecture that the slow tests compile every form of every kernel for.
 
-For the others, and with ``KERNEL_FORMS=usual``, every kernel in its usual forms. Run alone, the files compile all."""
+For the others, and with ``KERNEL_FORMS=usual`` (`make compile`), every kernel in its usual forms. Run alone, the files
+compile all."""
 
 
 def compiles(file, architecture, least, usual, *options, timeout=1200):
