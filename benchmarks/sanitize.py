@@ -9,9 +9,15 @@ import os
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
+from dataclasses import replace
+
 import torch
 
 from sah_transformers import sparse_attention
+from sah_transformers.attention import run
+from sah_transformers.bench.inputs import Step
+from sah_transformers.bench.inputs import tensors as tensors_of
+from sah_transformers.bench.suites import load_suite
 from sah_transformers.maskers import MaskerRegistry
 
 BANDS = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 8}]
@@ -19,6 +25,7 @@ STACKS = {
     "sink local": BANDS,
     "top k": [*BANDS, {"type": "oracle_top_k", "heavy_size": 0.1}],
     "top k of groups": [*BANDS, {"type": "oracle_top_k", "heavy_size": 0.1, "gqa": "group"}],
+    "top p of groups": [*BANDS, {"type": "oracle_top_p", "top_p": 0.8, "gqa": "group"}],
     "top p": [*BANDS, {"type": "oracle_top_p", "top_p": 0.8}],
     "peaked top p": [*BANDS, {"type": "oracle_top_p", "top_p": 0.1}],
 }
@@ -30,15 +37,29 @@ def tensors(rows: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     return q, k, v
 
 
+def published_methods() -> None:
+    """A decode step of each, per query head and per KV head: append, scores, selection, attention."""
+    for case in load_suite("approximate"):
+        if not case.cpu:
+            continue
+        for gqa in ("head", "group"):
+            for dtype in ("bfloat16", "float32"):
+                scored = replace(case.maskers[-1], gqa=gqa)  # type: ignore[call-arg]
+                each = replace(case, maskers=(*case.maskers[:-1], scored), dtype=dtype, B=2)
+                run(Step(each, tensors_of(each, "cuda"), "triton").call())
+                torch.cuda.synchronize()
+                print(f"{each.name}, per {gqa}, {dtype}", flush=True)
+
+
+@torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
+    published_methods()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for rows, keys in ((1, 999), (3, 700), (130, 130), (70, 1300)):
             q, k, v = tensors(rows, keys, dtype)
             real = torch.arange(keys, device="cuda") >= torch.tensor([[0], [37]], device="cuda")
             for name, stack in STACKS.items():
-                if rows > 16 and "groups" in name:
-                    continue
                 for mask in (None, real):
                     sparse_attention(q, k, v, stack, attention_mask=mask, kernel="triton", return_mask=False)
                     torch.cuda.synchronize()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import sah_transformers
-from sah_transformers.bench.step import random_model
+from sah_transformers.bench.step import peak, random_model
 from sah_transformers.bench.suites import Case
 
 PIECE = 4096
@@ -90,8 +90,5 @@ def _measured(case: Case, model: Any, piece: int | None) -> Prompt:
     token = int(out[0, -1])  # waits for the device
     prompt = Prompt(time.perf_counter() - start, token=token)
     if cuda:
-        need = sum(parameter.nbytes for parameter in model.parameters())
-        need += 2 * case.B * case.K * case.G * case.D * model.dtype.itemsize * model.config.num_hidden_layers
-        prompt.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-        prompt.of_need = prompt.peak_gib * 2**30 / need
+        prompt.peak_gib, prompt.of_need = peak(case, model, case.K)
     return prompt

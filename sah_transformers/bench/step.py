@@ -179,15 +179,19 @@ def measured(case: Case, model: Any, way: Way, heads: slice = slice(None)) -> St
         (_seconds(decode, SHORT + more) - _seconds(decode, SHORT)) / more * 1e3 for _ in range(REPEATS)
     )
     if kind == "cuda":
-        step.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-        held = 2 * (case.K + SHORT + more) * case.B * case.G * case.D * model.dtype.itemsize
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        step.of_need = step.peak_gib * 2**30 / (weights + held * model.config.num_hidden_layers)
+        step.peak_gib, step.of_need = peak(case, model, case.K + SHORT + more)
     long, short = parts(decode, SHORT + more, kind), parts(decode, SHORT, kind)
     step.parts_ms = {name: max(0.0, long[name] - short[name]) / more for name in (*PARTS, "rest")}
     step.gpu_ms = sum(step.parts_ms.values())
     step.host_ms = max(0.0, step.wall_ms - step.gpu_ms)
     return step
+
+
+def peak(case: Case, model: Any, keys: int) -> tuple[float, float]:
+    """(GiB, share of the weights and so many ``keys`` with their values) of the device's largest memory."""
+    held = 2 * keys * case.B * case.G * case.D * model.dtype.itemsize * model.config.num_hidden_layers
+    most = torch.cuda.max_memory_allocated()
+    return most / 2**30, most / (sum(parameter.nbytes for parameter in model.parameters()) + held)
 
 
 def filled(case: Case, model: Any, way: Way, most: int, heads: slice = slice(None)) -> Any:

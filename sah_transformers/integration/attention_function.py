@@ -202,7 +202,7 @@ def attend_planned(
             layer_state=state,
             kernel=plan.kernel,
             kept=kept,
-            prompt=key.shape[2] - rows if plan.prefill != "same" and stack is plan.maskers else 0,
+            prompt=plan.prompt_before(stack, rows, key.shape[2]),
             **at,
             **arguments,
         )

@@ -68,7 +68,7 @@ def _call(
         kernel=settled.kernel,
         layer_state=state,
         kept=() if state is None else settled.keepers,
-        prompt=key.shape[2] - query.shape[2] if settled.prefill != "same" and stack is settled.maskers else 0,
+        prompt=settled.prompt_before(stack, query.shape[2], key.shape[2]),
     )
 
 

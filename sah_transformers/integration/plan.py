@@ -58,6 +58,10 @@ class LayerPlan:
         """The stack for a call over so many keys, too few of which make the layer dense."""
         return () if self.dense or keys < self.min_keys else self.stack(empty_before, queries)
 
+    def prompt_before(self, stack: Sequence[Masker], queries: int, keys: int) -> int:
+        """Keys of a prompt that was read by other maskers before a call by ``stack``; 0 where none was."""
+        return keys - queries if self.prefill != "same" and stack is self.maskers else 0
+
 
 _numbers = itertools.count(1)
 _plans: WeakValueDictionary[int, LayerPlan] = WeakValueDictionary()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, UNPROVEN_IN_GRAPHS, method_of
-from sah_transformers.kernels.approximate.place import Direct
+from sah_transformers.kernels.approximate.place import Direct, Span
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels, on_device
@@ -90,14 +90,8 @@ def append_in_place(
     Args:
         buffers: storages ``[B, heads, >= K or pages, ...]``; positions: int64 ``[B, K]``, None where all are real.
     """
-    selection = masker.describe()
     try:
-        with on_device(keys):
-            if isinstance(selection, Pages):
-                fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
-            elif isinstance(selection, Estimated):
-                given = masker.given(context, keys.shape[3], keys.device)
-                method_of(selection.estimate).append(buffers, keys, values, (have, keys.shape[2]), given)
+        _write(masker, buffers, keys, values, (have, keys.shape[2]), positions, context)
     except Exception as error:
         if context.kernel != "auto" or not cannot_be_built(error):
             raise
@@ -118,10 +112,24 @@ def append_from_device(
     context: Context,
 ) -> None:
     """As ``append_in_place`` where the host does not know which keys are new: those of ``span``, int64 ``[2]``."""
+    _write(masker, buffers, keys, values, span, positions, context)
+
+
+def _write(
+    masker: Masker,
+    buffers: dict[str, torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    span: Span,
+    positions: torch.Tensor | None,
+    context: Context,
+) -> None:
+    """Launch what writes ``masker``'s side data of the keys in ``span``."""
     selection = masker.describe()
     with on_device(keys):
         if isinstance(selection, Pages):
-            fold(buffers["low"], buffers["high"], keys, span, positions, selection.size)
+            have = span if isinstance(span, torch.Tensor) else span[0]
+            fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
         elif isinstance(selection, Estimated):
             given = masker.given(context, keys.shape[3], keys.device)
             method_of(selection.estimate).append(buffers, keys, values, span, given)
