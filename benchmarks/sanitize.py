@@ -60,6 +60,8 @@ def main() -> None:
             q, k, v = tensors(rows, keys, dtype)
             real = torch.arange(keys, device="cuda") >= torch.tensor([[0], [37]], device="cuda")
             for name, stack in STACKS.items():
+                if rows <= 16 and name == "top p of groups":  # the reference's
+                    continue
                 for mask in (None, real):
                     sparse_attention(q, k, v, stack, attention_mask=mask, kernel="triton", return_mask=False)
                     torch.cuda.synchronize()

@@ -87,5 +87,6 @@ def stack_of(selections: Sequence[Selection | None]) -> Stack | str:
     if not selections:
         bands = Bands.of([Everything()])
         assert bands is not None
-    assert ranked is None or isinstance(ranked, Best | Mass)
+    if ranked is not None and not isinstance(ranked, Best | Mass):
+        return "a masker of the stack ranks keys by side data"
     return Stack(before, bands, None if bands.last == ALL else ranked)
