@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,7 @@ class Call:
     @cached_property
     def described(self) -> tuple[Selection | None, ...]:
         """The maskers' selections in the words that kernels understand."""
-        return tuple(masker.describe() for masker in self.maskers)
+        return tuple(masker.described for masker in self.maskers)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -90,7 +90,7 @@ class Call:
         reach = self.visibility.reach(stop)
         context = self.context
         if context.positions is not None:
-            context = replace(context, positions=context.positions[:, :reach])
+            context = context.but(positions=context.positions[:, :reach])
         prefix = self.visibility.is_prefix()
         return Rows(queries, keys[:, :, :reach], values[:, :, :reach], visible, bias, prefix, context)
 
@@ -105,7 +105,7 @@ class Call:
             return mask
         context = rows.context
         for masker, side in zip(self.maskers, self.side, strict=True):
-            rows.context = replace(context, side=_within(masker, side, size)) if side else context
+            rows.context = context.but(side=_within(masker, side, size)) if side else context
             mask = masker.extend(rows, mask)
         rows.context = context
         if not self.maskers and self.previous is None:
@@ -223,17 +223,13 @@ def make_call(
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total
         positions = state.update(stateful, keys, values, heads, min(new, total), visibility.real(), context)
-        context = replace(context, padded=state.padded)
+        context = context.but(positions=positions, padded=state.padded)
         side = [state.side(masker) if masker.needs_state else {} for masker in maskers]
     elif any(masker.needs_positions for masker in maskers):
         real = visibility.real()
         everything = torch.ones(batch, total, dtype=torch.bool, device=keys.device)
         positions = positions_of(everything if real is None else real.expand(batch, -1))
-        context = replace(context, padded=real is not None)
-    else:
-        positions = None
-    if positions is not None:
-        context = replace(context, positions=positions)
+        context = context.but(positions=positions, padded=real is not None)
     return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout, kernel)
 
 

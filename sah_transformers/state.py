@@ -8,7 +8,7 @@ when an operation went past it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -157,6 +157,10 @@ class Prepared:
     ready: torch.Tensor
     complete: bool = False
 
+    def side(self) -> dict[str, torch.Tensor]:
+        """As maskers see it: the data by name, and ``ready``."""
+        return {**self.data, "ready": self.ready}
+
     def merged(self, data: dict[str, torch.Tensor], ready: torch.Tensor) -> Prepared:
         """The same with what is ready now and was not before."""
         fresh = ready & ~self.ready
@@ -202,13 +206,14 @@ class LayerState:
         of ``prepare`` ``[B, ...]`` and, if there are any, ``ready [B]``."""
         side = {name: buffer.view() for name, buffer in self._side.get(masker.config, {}).items()}
         prepared = self._prepared.get(masker.config)
-        return side if prepared is None else {**side, **prepared.data, "ready": prepared.ready}
+        return side if prepared is None else side | prepared.side()
 
     def bytes_per_key(self) -> float:
         """Stored side data in bytes, per key of one sequence; what was prepared once is not counted."""
         views = [b.view() for buffers in self._side.values() for b in buffers.values()]
         return sum(v.numel() * v.element_size() / max(1, v.shape[0] * self.length) for v in views)
 
+    @torch.no_grad()
     def update(
         self,
         maskers: Sequence[Masker],
@@ -266,7 +271,6 @@ class LayerState:
         self._positions.append(positions_of(fresh, count)[:, None])
         return self._positions.view()[:, 0]
 
-    @torch.no_grad()
     def _appended(
         self,
         maskers: Sequence[Masker],
@@ -285,15 +289,15 @@ class LayerState:
             if config in appended:  # the same masker may stand in the stack twice
                 continue
             have = self._lengths.get(config, 0)
-            side: dict[str, torch.Tensor] = {}
-            prepared = self._prepare(masker, keys, values, replace(context, positions=positions, side={}))
-            if prepared is not None:
-                if prepared is not self._prepared.get(config):
-                    made[config], have = prepared, 0  # what was kept so far was made without it
-                side = {**prepared.data, "ready": prepared.ready}
-            data = None
-            part = replace(context, positions=positions[:, have:], side=side)
+            data, part = None, context
+            if masker.prepares:
+                prepared = self._prepare(masker, keys, values, context.but(positions=positions))
+                if prepared is not None:
+                    if prepared is not self._prepared.get(config):
+                        made[config], have = prepared, 0  # what was kept so far was made without it
+                    part = context.but(side=prepared.side())
             if not in_place(masker, keys, values, have, self._side.get(config), self.padded, part):
+                part = part.but(positions=positions[:, have:])
                 data = masker.append(keys[:, :, have:], values[:, :, have:], part)
                 check_side(masker, data, keys, keys.shape[2] - have, heads, self._side.get(config))
             appended[config] = masker, have, data
@@ -320,16 +324,15 @@ class LayerState:
                     buffer.crop(have)
                 buffer.reserve(total)
             prepared = self._prepared.get(masker.config)
-            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
+            part = context if prepared is None else context.but(side=prepared.side())
             known = positions if self.padded else None
             if append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part):
                 for buffer in buffers.values():
                     if isinstance(buffer, SideBuffer):
                         buffer.length = total
                 return
-            part = replace(part, positions=positions[:, have:])
-            with torch.no_grad():
-                data = masker.append(keys[:, :, have:], values[:, :, have:], part)
+            part = part.but(positions=positions[:, have:])
+            data = masker.append(keys[:, :, have:], values[:, :, have:], part)
         for name, tensor in data.items():
             if name in pages:
                 if name not in buffers:
@@ -360,7 +363,7 @@ class LayerState:
             if known is not None and known.complete:
                 return known
             side = {} if known is None else {"ready": known.ready}
-            part = replace(context, positions=context.positions[:, :size], side=side)
+            part = context.but(positions=context.positions[:, :size], side=side)
             result = masker.prepare(keys[:, :, :size], values[:, :, :size], part)
             if result is None:
                 return None

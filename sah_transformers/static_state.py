@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -235,7 +234,7 @@ class CapturedState(StaticState):
                 if isinstance(buffer, SideBuffer):
                     buffer.length = self.length
             prepared = self._prepared.get(masker.config)
-            part = replace(context, side={} if prepared is None else {**prepared.data, "ready": prepared.ready})
+            part = context if prepared is None else context.but(side=prepared.side())
             storages = {name: buffer.storage for name, buffer in side.items()}
             append_from_device(masker, storages, keys, values, self._span, positions, part)
         return positions

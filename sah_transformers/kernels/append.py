@@ -46,7 +46,7 @@ def in_place(
         return False
     if keys.stride(3) != 1 or have == keys.shape[2] or (type(masker), keys.device) in _unbuildable:
         return False
-    selection = masker.describe()
+    selection = masker.described
     if isinstance(selection, Pages):
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
     if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
@@ -63,7 +63,7 @@ def from_device(
     masker: Masker, keys: torch.Tensor, values: torch.Tensor, buffers: dict[str, Any], context: Context
 ) -> bool:
     """Whether ``append_from_device`` writes ``masker``'s side data of a key of ``keys [B, G, K, D]``."""
-    selection = masker.describe()
+    selection = masker.described
     kind = "pages" if isinstance(selection, Pages) else getattr(selection, "estimate", "")
     if context.kernel == "auto" and kind in UNPROVEN_IN_GRAPHS:
         return False
@@ -75,7 +75,6 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return not no_kernels(tensor) and (tensor.is_cuda or tensor.dtype != torch.bfloat16)
 
 
-@torch.no_grad()
 def append_in_place(
     masker: Masker,
     buffers: dict[str, torch.Tensor],
@@ -125,7 +124,7 @@ def _write(
     context: Context,
 ) -> None:
     """Launch what writes ``masker``'s side data of the keys in ``span``."""
-    selection = masker.describe()
+    selection = masker.described
     with on_device(keys):
         if isinstance(selection, Pages):
             have = span if isinstance(span, torch.Tensor) else span[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +89,11 @@ class Masker(ABC):
         """The selection in words that kernels understand, or None for the reference only."""
         return None
 
+    @cached_property
+    def described(self) -> Selection | None:
+        """What ``describe`` says, asked once."""
+        return self.describe()
+
     def given(self, ctx: Context, dim: int, device: torch.device) -> Any:
         """What the kernels of ``selections.Estimated`` need beside the side data: weights of the layer's local heads.
 
@@ -143,6 +149,11 @@ class Masker(ABC):
     def needs_state(self) -> bool:
         """Whether this masker keeps side data per key."""
         return type(self).append is not Masker.append
+
+    @property
+    def prepares(self) -> bool:
+        """Whether this masker makes something once of each sequence."""
+        return type(self).prepare is not Masker.prepare
 
     def extend(self, rows: Rows, mask: Mask) -> Mask:
         """``mask`` (``[B, H, q, K]``) plus this masker's selection for ``rows``."""
