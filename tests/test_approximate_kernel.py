@@ -342,17 +342,6 @@ def test_long_hashes(bits, gqa):
     generate({**METHODS["hash_attention"], "hat_bits": bits, "gqa": gqa}, lengths=(120,))
 
 
-@kernel_test
-@pytest.mark.parametrize("data", ["normal", "duplicates"])
-@pytest.mark.parametrize("stack", ["keys", "group keys"])
-def test_cut_by_brackets(stack, data, monkeypatch):
-    from sah_transformers.kernels.approximate import pipeline
-
-    tuning_of = pipeline.tuning_of
-    monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(tuning_of(*sizes), levels=False))
-    check(call_of(STACKS[stack], *tensors(H=2, G=1, K=2500, D=16, data=data)))
-
-
 @gpu_test
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", ["normal", *TIES, "one heavy"])
