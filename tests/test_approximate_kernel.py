@@ -54,7 +54,7 @@ def few_programs(monkeypatch):
 
         original = pipeline.tuning_of
         few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8}
-        few |= {"samples": 128, "slot": 32, "edge": 32, "edge_block": 64}
+        few |= {"samples": 128, "edge": 32, "edge_block": 64}
         monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
 
