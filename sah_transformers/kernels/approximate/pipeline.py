@@ -31,6 +31,7 @@ from sah_transformers.kernels.decode.kernel import (
     power_of_2,
     see,
 )
+from sah_transformers.kernels.device import can_chain
 from sah_transformers.selections import Estimated, Pages
 
 F32, I32 = torch.float32, torch.int32
@@ -193,6 +194,7 @@ def attend_rows(
     if POISON:
         out.fill_(float("nan"))
     work = Work(x, selection, side, given, positions, plan, Launcher(plan, x.q.device), out)
+    work.launch.chained = work.tuning.chained and can_chain(x.q.device)
     try:
         (attend_pages if isinstance(selection, Pages) else attend_by_levels)(work)
     except Exception:

@@ -23,6 +23,7 @@ class Tuning:
             1,024 keys of a chunk, of 2**13 counts.
         edge, edge_block, edge_warps: keys of an edge that are cut in registers, keys at once of a longer one; the
             program's warps.
+        chained: whether kernels are launched while the one before still runs, where the device can.
     """
 
     score_pages: int = 64
@@ -51,6 +52,7 @@ class Tuning:
     edge: int = 2048
     edge_block: int = 4096
     edge_warps: int = 8
+    chained: bool = False
 
 
 def tuning_of(itemsize: int, dim: int) -> Tuning:
