@@ -3,7 +3,7 @@
     python -m benchmarks.approximate [NUMBERS OF CASES] [--variants] [--keys]
 
 ``--variants``: also with other launch parameters, the outputs compared; ``--keys``: keys by their exact score instead
-of the cases' methods, by levels and by brackets. Cases are numbered as the suite lists them.
+of the cases' methods. Cases are numbered as the suite lists them.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ from sah_transformers.rows import dot
 from sah_transformers.selections import Estimated, Selection
 
 PAGES: dict[str, list[dict[str, Any]]] = {
-    "head": [{"select_warps": 16}],
+    "head": [{"chained": True}, {"select_warps": 16}],
     "group": [
+        {"chained": True},
         {"select_warps": 8, "select_scores": 2**14},
         {"select_warps": 16, "select_scores": 2**14},
         {"select_warps": 16, "select_scores": 2**15},
         {"select_warps": 8, "select_scores": 2**13},
     ],
 }
-BRACKETED: dict[str, Any] = {"levels": False, "even": False, "key_group_programs": 396}
-"""Keys selected as before levels, attended to in parts of whole tiles."""
 KEYS: dict[str, list[dict[str, Any]]] = {
     "both": [
-        BRACKETED,
+        {"chained": True},
         {"level_bins": 64, "edge": 512, "edge_warps": 4},
         {"samples": 512},
         {"samples": 2048},
@@ -81,11 +80,8 @@ class Ranked(TopKMasker):
         return Estimated(self.config.heavy_size, self.config.gqa == "group", "softmax", "exact")
 
 
-def measure_keys(case: Case, whole: bool, changes: dict[str, Any]) -> None:
+def measure_keys(case: Case, whole: bool) -> None:
     """The stages of a selection of single keys; ``whole``: of scores that are few whole numbers."""
-    original = pipeline.tuning_of
-    PLANS.clear()
-    pipeline.tuning_of = lambda *sizes: replace(original(*sizes), **changes)
     q, k, v = tensors(case, "cuda")
     if whole:
         q, k = q.sign(), k.sign()
@@ -94,9 +90,8 @@ def measure_keys(case: Case, whole: bool, changes: dict[str, Any]) -> None:
     bands = [MaskerRegistry.create_masker(one) for one in case.maskers[:-1]]
     call = make_call(q, k, v, [*bands, Ranked(TopKMaskerConfig(config.heavy_size, config.gqa))], kernel="triton")
     times = compare({"ours": lambda: run(call)[0]}, True, 0.3)
-    print("keys", config.gqa, "whole" if whole else "", changes, round(times["ours"].p50 * 1e3, 1), flush=True)
+    print("keys", config.gqa, "whole" if whole else "", round(times["ours"].p50 * 1e3, 1), flush=True)
     print("   ", stage_us(lambda: run(call)[0], True), flush=True)
-    pipeline.tuning_of = original
 
 
 def measure(case: Case, changes: dict[str, Any], dense: bool, expected: torch.Tensor | None) -> torch.Tensor | None:
@@ -135,8 +130,7 @@ def main() -> None:
             assert isinstance(config, TopKMaskerConfig)
             if "--keys" in sys.argv:
                 for whole in (False, True):
-                    for changes in ({}, BRACKETED):
-                        measure_keys(case, whole, changes)
+                    measure_keys(case, whole)
                 continue
             out = measure(case, {}, dense=True, expected=None)
             if "--variants" in sys.argv:

@@ -54,7 +54,7 @@ def few_programs(monkeypatch):
 
         original = pipeline.tuning_of
         few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8}
-        few |= {"samples": 128, "slot": 32, "edge": 32, "edge_block": 64}
+        few |= {"samples": 128, "edge": 32, "edge_block": 64}
         monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
 
@@ -340,17 +340,6 @@ def test_holes_softcap_and_sinks_of_methods(name):
 def test_long_hashes(bits, gqa):
     """160 bits of two heads are more levels than a byte holds: their scores are cut as numbers."""
     generate({**METHODS["hash_attention"], "hat_bits": bits, "gqa": gqa}, lengths=(120,))
-
-
-@kernel_test
-@pytest.mark.parametrize("data", ["normal", "duplicates"])
-@pytest.mark.parametrize("stack", ["keys", "group keys"])
-def test_cut_by_brackets(stack, data, monkeypatch):
-    from sah_transformers.kernels.approximate import pipeline
-
-    tuning_of = pipeline.tuning_of
-    monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(tuning_of(*sizes), levels=False))
-    check(call_of(STACKS[stack], *tensors(H=2, G=1, K=2500, D=16, data=data)))
 
 
 @gpu_test

@@ -33,7 +33,6 @@ FORMS = {
 KEYS = {
     "2,097,152 keys": {"K": 2**21},
     "more levels": {"level_bins": 64},
-    "bracketed": {"levels": False},
 }
 ESTIMATES = {"hash_attention": "sum", "double_sparsity": "softmax", "pq_cache": "softmax", "socket": "sum"}
 SIDE = {
@@ -61,8 +60,8 @@ USUAL = {  # forms of stacks that launch every kernel
     "mass": ("bf16",),
     "quest": ("bf16", "fp16 D=256 masked"),
     "quest per KV head": ("bf16",),
-    "keys": ("bf16", "fp16 D=256 masked", "bracketed"),
-    "keys per KV head": ("bf16", "bracketed"),
+    "keys": ("bf16", "fp16 D=256 masked"),
+    "keys per KV head": ("bf16",),
     "hash_attention": ("bf16",),
     "hash_attention per KV head": ("bf16",),
     "mask": ("256 keys", "8,192 keys, padded"),

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from sah_transformers.kernels.approximate.by_levels import attend_by_levels
-from sah_transformers.kernels.approximate.cut import bracket_kernel, cut_kernel, emit_kernel, list_kernel
 from sah_transformers.kernels.approximate.gather import gather_group_kernel, gather_head_kernel
-from sah_transformers.kernels.approximate.launch import Given, Scoring, Tile, form_of
-from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.approximate.launch import Given, form_of
 from sah_transformers.kernels.approximate.pages import (
     flags_kernel,
     page_score_kernel,
@@ -33,6 +31,7 @@ from sah_transformers.kernels.decode.kernel import (
     power_of_2,
     see,
 )
+from sah_transformers.kernels.device import can_chain
 from sah_transformers.selections import Estimated, Pages
 
 F32, I32 = torch.float32, torch.int32
@@ -182,77 +181,6 @@ def find_slots(work: Work, tokens: int) -> Any:
     return work.launch.address(slots)
 
 
-def attend_keys(work: Work) -> None:
-    """Estimated scores, the best keys of each row, attention over them."""
-    x, plan, launch, t, selection = work.x, work.plan, work.launch, work.tuning, work.selection
-    assert isinstance(selection, Estimated)
-    method = method_of(selection.estimate)
-    tile: Tile = method.TILES[0]
-    reduce = selection.reduce if selection.group else "none"
-    chunk = max(t.chunk, plan.keys // 256)
-    whole = max(chunk, tile.span)
-    stride = -(-work.keys // whole) * whole
-    pieces, chunks = stride // tile.span, -(-work.keys // chunk)
-    most_chunks = power_of_2(-(-plan.keys // chunk))
-    longest = min(work.keys, max(x.stack.size[0], int(x.stack.size[1] * work.keys)) + 1)
-    summed, grouped = reduce == "sum", reduce == "softmax"
-    scored = work.selections if summed else work.all_rows
-    samples = t.samples * max(1, plan.keys // 2**17)
-    scoring = Scoring(
-        q=x.q, k=x.k, keys=work.keys, stride=stride, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
-        histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
-        masked=plan.sight["MASKED"], masses_too=grouped, bins=0, summed=summed,
-    )  # fmt: skip
-    own = method.scratch(scoring, work.side, work.given)
-    s = work.scratch(
-        {
-            "scores": (scored * stride, F32), "peaked": (scored * pieces, F32),
-            "masses": (2 * scored * pieces if grouped else 1, F32),
-            "stats": (3 * work.all_rows, F32), "edges": (2 * work.selections, I32),
-            "ranking": (work.selections * stride if grouped else 1, F32),
-            "inside": (work.selections * chunks * t.slot, I32),
-            "places": (work.selections * chunks * t.slot, I32), "tally": (2 * work.selections * chunks, I32),
-            "cuts": (2 * work.selections, I32), "offsets": (work.selections * chunks, I32),
-            "lists": (work.selections * longest, I32), "unused": (1, F32), **own,
-        }
-    )  # fmt: skip
-    mask, look = see(x, plan, launch, s["limits"])
-    scoring = scoring.on(s, mask, look)
-    of_method = {name: s[name] for name in own}
-    method.look_up(launch, scoring, work.side, work.given, of_method)
-    method.score(launch, scoring, work.side, work.given, of_method, tile)
-    inner = "none" if summed else reduce
-    numbers = (work.keys, work.batch, stride // 16)
-    rows = work.selections // work.batch
-    kinds: dict[str, Any] = {**work.sighted, "REDUCE": inner}
-    if summed:
-        kinds["H"] = work.groups
-    ranking = s["ranking"] if grouped else s["scores"]
-    side_by_side = power_of_2(work.heads // work.groups)
-    launch(
-        bracket_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
-        s["edges"], *numbers, pieces, *work.bands, *work.size,
-        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=samples, HEADS=side_by_side,
-        warps=t.sample_warps,
-    )  # fmt: skip
-    launch(
-        emit_kernel, (chunks, work.selections, 1), s["scores"], ranking, s["limits"], s["stats"], s["edges"],
-        s["inside"], s["places"], s["tally"], *numbers, chunks, *work.bands,
-        **kinds, CHUNK=chunk, SLOT=t.slot, HEADS=side_by_side, warps=t.chunk_warps,
-    )  # fmt: skip
-    launch(
-        cut_kernel, (work.selections, 1, 1), ranking, s["limits"], s["edges"], s["inside"], s["places"], s["tally"],
-        s["cuts"], s["offsets"], s["counts"], *numbers, chunks, *work.bands, *work.size,
-        **work.sighted, ROWS=rows, CHUNKS=most_chunks, SLOT=t.slot, CHUNK=chunk, BLOCK=4096, warps=t.cut_warps,
-    )  # fmt: skip
-    launch(
-        list_kernel, (chunks, work.selections, 1), ranking, s["limits"], s["cuts"], s["offsets"], s["lists"],
-        *numbers, chunks, longest, *work.bands,
-        Q=work.rows, **plan.sight, ROWS=rows, CHUNK=chunk, warps=t.chunk_warps,
-    )  # fmt: skip
-    work.gather(s, mask, look, None, s["lists"], longest, 1)
-
-
 def attend_rows(
     x: Inputs, selection: Pages | Estimated, side: dict[str, torch.Tensor], given: Any, positions: torch.Tensor | None
 ) -> torch.Tensor:
@@ -266,9 +194,9 @@ def attend_rows(
     if POISON:
         out.fill_(float("nan"))
     work = Work(x, selection, side, given, positions, plan, Launcher(plan, x.q.device), out)
-    attend_best = attend_by_levels if work.tuning.levels else attend_keys
+    work.launch.chained = work.tuning.chained and can_chain(x.q.device)
     try:
-        (attend_pages if isinstance(selection, Pages) else attend_best)(work)
+        (attend_pages if isinstance(selection, Pages) else attend_by_levels)(work)
     except Exception:
         plan.compiled.clear()  # half a plan would be taken for a whole one
         raise

@@ -28,6 +28,7 @@ from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
+from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -226,9 +227,10 @@ def corners(b_q, p_planes, FIRST: tl.constexpr, BITS: tl.constexpr, o_d, sharpne
 def pieces_kernel(
     q, planes, table, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr,
+    BD: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table."""
+    follow(CHAINED)
     i_l, i_r = tl.program_id(0), tl.program_id(1)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     o_d = tl.arange(0, BD)
@@ -244,9 +246,10 @@ def pieces_kernel(
 def buckets_kernel(
     q, planes, table, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, LOW: tl.constexpr,
+    BD: tl.constexpr, LOW: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """All buckets of one hash table for one KV head and query, the heads summed."""
+    follow(CHAINED)
     i_l, i_e = tl.program_id(0), tl.program_id(1)
     i_b, i_g, i_q = i_e // (G * Q), i_e // Q % G, i_e % Q
     o_d = tl.arange(0, BD)
@@ -287,12 +290,13 @@ def bucket_score_kernel(
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
     SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-    COUNT: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One KV head and query, ``AT_ONCE`` of ``HEADS`` tables' owners, ``COUNT * BN`` keys.
 
     A thread has all heads of its keys, so that a bucket is cut out of the words once; ``RUN`` tables share two words.
     """
+    follow(CHAINED)
     i_c, i_bg, i_o = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_g, i_q, i_first = i_bg // G, i_bg % G, i_o % Q, i_o // Q * AT_ONCE
     ROWS: tl.constexpr = 1 if SUM else AT_ONCE

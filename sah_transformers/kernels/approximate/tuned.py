@@ -18,13 +18,12 @@ class Tuning:
             registers per thread at most.
         group_keys, group_warps, group_programs, group_stages: the same of a group; key_group_programs: programs for
             lists of single keys; even: whether parts of these are equal instead of whole multiples of keys at once.
-        samples, sample_warps, chunk, chunk_warps: sampled scores of a row; keys per program that walks a row's scores.
-        slot, cut_warps: keys of a chunk inside the bracket that the cut can hold in registers, at half the time where
-            half as many do; its warps.
-        levels: whether keys are selected by levels instead; level_bins: levels on the line through a bracket, 16
-            or more; level_warps, list_warps, level_cut_warps: of 1,024 keys of a chunk, of 2**13 counts.
+        samples, sample_warps, chunk: sampled scores of a row; keys per program that walks a row's scores.
+        level_bins: levels on the line through a bracket, 16 or more; level_warps, list_warps, level_cut_warps: of
+            1,024 keys of a chunk, of 2**13 counts.
         edge, edge_block, edge_warps: keys of an edge that are cut in registers, keys at once of a longer one; the
             program's warps.
+        chained: whether kernels are launched while the one before still runs, where the device can.
     """
 
     score_pages: int = 64
@@ -46,10 +45,6 @@ class Tuning:
     samples: int = 1024
     sample_warps: int = 8
     chunk: int = 1024
-    chunk_warps: int = 4
-    slot: int = 256
-    cut_warps: int = 16
-    levels: bool = True
     level_bins: int = 16
     level_warps: int = 4
     list_warps: int = 4
@@ -57,6 +52,7 @@ class Tuning:
     edge: int = 2048
     edge_block: int = 4096
     edge_warps: int = 8
+    chained: bool = False
 
 
 def tuning_of(itemsize: int, dim: int) -> Tuning:

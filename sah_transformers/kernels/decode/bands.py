@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
 from sah_transformers.kernels.decode.values import weight_of
@@ -99,9 +100,10 @@ def bands_kernel(
 def merge_kernel(
     sums, peaks, totals, sinks, out,
     splits, H: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, SINKS: tl.constexpr,
-    BS: tl.constexpr,
+    BS: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One row: its parts, each relative to a peak of its own, become the output."""
+    follow(CHAINED)
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q

@@ -139,6 +139,9 @@ class Scratch:
 class Launcher:
     """Launches kernels; from the second call of a plan on without Triton's look-up, which costs more than the rest."""
 
+    chained = False
+    """Whether kernels that can `chain.follow` one another do."""
+
     def __init__(self, plan: Plan, device: torch.device):
         self.plan, self.step = plan, 0
         self.ready = bool(plan.compiled)
@@ -163,8 +166,10 @@ class Launcher:
             self.step += 1
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
-        limits = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
+        options: dict[str, Any] = {} if cap is None else {"maxnreg": cap}
+        if "CHAINED" in kernel.arg_names:
+            constants["CHAINED"] = options["launch_pdl"] = self.chained
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **options)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
             self.plan.compiled.append(entry)
