@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from sah_transformers.kernels.device import HAS_TRITON
 from sah_transformers.kernels.dispatch import fast_attention, fast_selection
 from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.mask import Mask
-from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry
+from sah_transformers.maskers import Masker, MaskerConfig, MaskerRegistry, MaskerStack
 from sah_transformers.rows import Context, Rows
-from sah_transformers.selections import Selection
+from sah_transformers.selections import Described
 from sah_transformers.state import LayerState, State, positions_of
 from sah_transformers.visibility import Visibility
 
@@ -47,7 +46,7 @@ class Call:
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    maskers: Sequence[Masker]
+    maskers: MaskerStack
     visibility: Visibility
     context: Context
     side: list[dict[str, torch.Tensor]]
@@ -57,10 +56,10 @@ class Call:
     dropout: float = 0.0
     kernel: str = "auto"
 
-    @cached_property
-    def described(self) -> tuple[Selection | None, ...]:
+    @property
+    def described(self) -> Described:
         """The maskers' selections in the words that kernels understand."""
-        return tuple(masker.described for masker in self.maskers)
+        return self.maskers.described
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -217,20 +216,21 @@ def make_call(
         kernel=kernel,
         prompt=prompt,
     )
-    side: list[dict[str, torch.Tensor]] = [{} for _ in maskers]
-    stateful = kept or [masker for masker in maskers if masker.needs_state]
+    stack = maskers if isinstance(maskers, MaskerStack) else MaskerStack(maskers)
+    side: list[dict[str, torch.Tensor]] = [{} for _ in stack]
+    stateful = kept or stack.stateful
     if stateful:
         state = LayerState() if layer_state is None else layer_state
         new = rows if layer_state is not None else total
         positions = state.update(stateful, keys, values, heads, min(new, total), visibility.real(), context)
         context = context.but(positions=positions, padded=state.padded)
-        side = [state.side(masker) if masker.needs_state else {} for masker in maskers]
-    elif any(masker.needs_positions for masker in maskers):
+        side = [state.side(masker) if masker in stack.stateful else {} for masker in stack]
+    elif stack.needs_positions:
         real = visibility.real()
         everything = torch.ones(batch, total, dtype=torch.bool, device=keys.device)
         positions = positions_of(everything if real is None else real.expand(batch, -1))
         context = context.but(positions=positions, padded=real is not None)
-    return Call(queries, keys, values, maskers, visibility, context, side, sinks, previous, min_keys, dropout, kernel)
+    return Call(queries, keys, values, stack, visibility, context, side, sinks, previous, min_keys, dropout, kernel)
 
 
 def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

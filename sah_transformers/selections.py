@@ -6,8 +6,10 @@ without a description always takes the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 from sah_transformers.budget import Budget
 
@@ -80,3 +82,26 @@ class Estimated:
 
 
 Selection = First | Last | Everything | Best | Mass | Pages | Estimated
+
+T = TypeVar("T")
+
+
+class Described(tuple[Selection | None, ...]):
+    """The selections of a stack, in order; what kernels read from them is kept with them.
+
+    Not in a table by value: a budget of 1 (a key) equals one of 1.0 (all keys).
+    """
+
+    @cached_property
+    def _read(self) -> dict[Any, Any]:
+        return {}
+
+    def read(self, reader: Callable[..., T], *given: int) -> T:
+        """``reader(self, *given)``, which depends on nothing else, computed once."""
+        key = (reader, *given)
+        if key not in self._read:
+            self._read[key] = reader(self, *given)
+        return self._read[key]
+
+    def __reduce__(self) -> Any:
+        return type(self), (tuple(self),)

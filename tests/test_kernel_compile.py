@@ -149,7 +149,7 @@ def side_launches(
     else:
         selection = MaskerRegistry.create_masker(chosen).describe()
         side = {name: tensor(B, G, -(-K // selection.size), D) for name in ("low", "high")}
-    read = read_side_stack([First(128), selection], K)
+    read = read_side_stack([First(128), selection])
     keys, mask = tensor(B, G, K, D), tensor(B, Q, K, dtype=torch.bool) if masked else None
     positions = tensor(B, K, dtype=torch.int64)
     inputs = Inputs(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 from sah_transformers.config import SparseAttentionConfig
 from sah_transformers.integration.config_property import sparse_data
-from sah_transformers.maskers import Masker, MaskerRegistry
+from sah_transformers.maskers import Masker, MaskerRegistry, MaskerStack
+
+NO_MASKERS = MaskerStack()
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class LayerPlan:
     """
 
     source: Any
-    maskers: tuple[Masker, ...] = ()
-    prefill: str | tuple[Masker, ...] = "same"
+    maskers: MaskerStack = NO_MASKERS
+    prefill: str | MaskerStack = "same"
     decode_max_queries: int = 64
     kernel: str = "auto"
     min_keys: int = 0
@@ -48,17 +49,17 @@ class LayerPlan:
         self.__dict__.update(state, number=next(_numbers), first_heads={})
         _plans[self.number] = self
 
-    def stack(self, empty_before: bool, queries: int) -> Sequence[Masker]:
+    def stack(self, empty_before: bool, queries: int) -> MaskerStack:
         """The stack for a call; empty = dense."""
         if self.prefill == "same" or not (empty_before or queries > self.decode_max_queries):
             return self.maskers
-        return () if isinstance(self.prefill, str) else self.prefill
+        return NO_MASKERS if isinstance(self.prefill, str) else self.prefill
 
-    def stack_of(self, empty_before: bool, queries: int, keys: int) -> Sequence[Masker]:
+    def stack_of(self, empty_before: bool, queries: int, keys: int) -> MaskerStack:
         """The stack for a call over so many keys, too few of which make the layer dense."""
-        return () if self.dense or keys < self.min_keys else self.stack(empty_before, queries)
+        return NO_MASKERS if self.dense or keys < self.min_keys else self.stack(empty_before, queries)
 
-    def prompt_before(self, stack: Sequence[Masker], queries: int, keys: int) -> int:
+    def prompt_before(self, stack: MaskerStack, queries: int, keys: int) -> int:
         """Keys of a prompt that was read by other maskers before a call by ``stack``; 0 where none was."""
         return keys - queries if self.prefill != "same" and stack is self.maskers else 0
 
@@ -112,12 +113,12 @@ def _resolve(module: Any, source: Any) -> LayerPlan:
         window = window_of(module)
         if window is not None:
             return replace(plan, dense=f"the model windows it ({window}; sliding_layers='sparse' includes it)")
-    stack = tuple(MaskerRegistry.create_masker(c) for c in config.stack_of(index, num_layers))
-    prefill: str | tuple[Masker, ...] = "same"
+    stack = MaskerStack(MaskerRegistry.create_masker(c) for c in config.stack_of(index, num_layers))
+    prefill: str | MaskerStack = "same"
     if isinstance(config.prefill, str):
         prefill = config.prefill
     else:
-        prefill = tuple(MaskerRegistry.create_masker(c) for c in config.prefill)
+        prefill = MaskerStack(MaskerRegistry.create_masker(c) for c in config.prefill)
     heads = getattr(module.config, "num_attention_heads", None)
     for masker in (*stack, *(() if isinstance(prefill, str) else prefill)):
         masker.check_layer(index, heads if isinstance(heads, int) else None, key_dim(module))

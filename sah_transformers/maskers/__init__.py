@@ -13,6 +13,7 @@ from sah_transformers.maskers.random_sampling import RandomSamplingMasker, Rando
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.sink import SinkMasker, SinkMaskerConfig
 from sah_transformers.maskers.socket import SocketMasker, SocketMaskerConfig
+from sah_transformers.maskers.stack import MaskerStack
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.maskers.top_p import TopPMasker, TopPMaskerConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "Masker",
     "MaskerConfig",
     "MaskerRegistry",
+    "MaskerStack",
     "OracleTopK",
     "OracleTopKConfig",
     "OracleTopPMasker",

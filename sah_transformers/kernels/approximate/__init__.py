@@ -22,6 +22,8 @@ from sah_transformers.selections import Estimated, Pages
 if TYPE_CHECKING:
     from sah_transformers.attention import Call
 
+MOST_PAGES = 2**15
+
 __all__ = ["attend", "by_side_data", "why_not"]
 
 
@@ -42,22 +44,29 @@ def why_not(call: Call) -> str:
     if isinstance(stack, str):
         return stack
     if isinstance(stack.selection, Pages):
-        low = call.side[-1]["low"]
-        inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
-        return "" if inside else "the page bounds are not contiguous"
+        return _why_not_pages(call.side[-1]["low"])
     if call.kernel == "auto" and stack.selection.estimate in UNPROVEN:
         return f"the kernels of {stack.selection.estimate} have not run on a GPU yet (kernel='triton' takes them)"
     return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 
+def _why_not_pages(low: torch.Tensor) -> str:
+    """Why pages with the bounds ``low [B, G, pages, D]`` cannot be selected, or ""."""
+    _, groups, pages, dim = low.shape
+    if pages > MOST_PAGES:
+        return f"there are more than {MOST_PAGES} pages"
+    *outer, place, word = low.stride()
+    return "" if word == 1 and place == dim and outer[0] == groups * outer[1] else "the page bounds are not contiguous"
+
+
 def stack_of(call: Call) -> SideStack | str:
     """The call's stack in these kernels' words, or why there is none."""
-    return read_side_stack(call.described, call.keys.shape[2])
+    return call.described.read(read_side_stack)
 
 
 def given_to(call: Call) -> Any:
     """What the kernels of the call's last masker need beside its side data."""
-    context = replace(call.context, side=call.side[-1])
+    context = call.context.but(side=call.side[-1])
     return call.maskers[-1].given(context, call.keys.shape[3], call.keys.device)
 
 

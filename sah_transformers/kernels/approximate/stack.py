@@ -9,8 +9,6 @@ from sah_transformers.kernels.approximate.methods import METHODS
 from sah_transformers.kernels.decode.stack import Stack, read_stack
 from sah_transformers.selections import Best, Estimated, Pages, Selection
 
-MOST_PAGES = 2**15
-
 
 @dataclass(frozen=True)
 class SideStack:
@@ -20,13 +18,11 @@ class SideStack:
     stack: Stack
 
 
-def read_side_stack(selections: Sequence[Selection | None], keys: int) -> SideStack | str:
+def read_side_stack(selections: Sequence[Selection | None]) -> SideStack | str:
     """The stack that ``selections`` describe, or the reason why these kernels cannot realise it."""
     *bands, last = selections or [None]
     if not isinstance(last, Pages | Estimated):
         return "the stack does not end with a selection by side data"
-    if isinstance(last, Pages) and -(-keys // last.size) > MOST_PAGES:
-        return f"there are more than {MOST_PAGES} pages"
     if isinstance(last, Estimated) and last.estimate not in METHODS:
         return f"there is no kernel for the estimate {last.estimate!r}"
     stack = read_stack([*bands, Best(last.budget, last.group)], 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Tuning:
     chained: bool = False
 
 
+@cache
 def tuning_of(itemsize: int, dim: int) -> Tuning:
     """Parameters for bytes per element and the larger padded head dimension."""
     wide = itemsize * dim

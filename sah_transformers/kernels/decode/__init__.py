@@ -34,8 +34,13 @@ def why_not(call: Call) -> str:
     reason = unfit(call)
     if reason:
         return reason
-    stack = read_stack(call.described, call.queries.shape[1] // call.keys.shape[1])
+    stack = stack_of(call)
     return stack if isinstance(stack, str) else ""
+
+
+def stack_of(call: Call) -> Stack | str:
+    """The call's stack in these kernels' words, or why there is none."""
+    return call.described.read(read_stack, call.queries.shape[1] // call.keys.shape[1])
 
 
 def unfit(call: Call) -> str:
@@ -96,7 +101,7 @@ def decode_checked(call: Call) -> torch.Tensor:
     """``decode`` of a call that ``why_not`` has nothing against."""
     from sah_transformers.kernels.decode.kernel import decode_rows
 
-    stack = read_stack(call.described, call.queries.shape[1] // call.keys.shape[1])
+    stack = stack_of(call)
     assert not isinstance(stack, str)
     with on_device(call.queries):
         return decode_rows(inputs_of(call, stack))
