@@ -143,9 +143,11 @@ def traits_of(value: Any) -> Any:
 
 def form_of(t: torch.Tensor) -> tuple[Any, ...]:
     """What of side data ``[B, heads, K, ...]`` tells compiled kernels apart: neither K nor the capacity."""
-    places = [s if s < 16 * t.shape[-1] else s % 16 for s in t.stride()[2:]]
-    outer = [s % 16 for s in t.stride()[:2]]
-    return t.dtype, t.shape[1], t.shape[3:], t.data_ptr() % 16, unit_of(t), *places, *outer, max(t.stride()) < 2**31
+    shape, strides = t.shape, t.stride()
+    far = 16 * shape[-1]
+    places = [s if s < far else s % 16 for s in strides[2:]]
+    outer = strides[0] % 16, strides[1] % 16
+    return t.dtype, shape[1], shape[3:], t.data_ptr() % 16, unit_of(t), *places, *outer, max(strides) < 2**31
 
 
 def widest(tensor: torch.Tensor, width: int) -> torch.Tensor:
@@ -164,9 +166,10 @@ def unit_of(*tensors: torch.Tensor) -> int:
     ``[B, heads, K, ...]``, the data of a key together, or next to those of its neighbours (``[..., words, capacity]``).
     """
     for t in tensors:
-        apart = t.dim() == 4 and t.stride(3) > t.stride(2)
-        block = 16 if apart else 16 * t.stride(2)
-        if t.stride(0) % block or t.stride(1) % block or (apart and t.stride(3) % 16):
+        batch, head, place, *words = t.stride()
+        apart = len(words) == 1 and words[0] > place
+        block = 16 if apart else 16 * place
+        if batch % block or head % block or (apart and words[0] % 16):
             return 1
     return 16
 

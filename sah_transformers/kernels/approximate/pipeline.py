@@ -80,7 +80,7 @@ class Work:
             "sums": (parts * self.value_dim, F32), "peaks": (parts, F32), "totals": (parts, F32),
         }  # fmt: skip
         self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, {**sizes, **shared})
-        return {name: scratch[name] for name in scratch.sizes}
+        return scratch.arrays()
 
     def split(self) -> int:
         """Parts that a row's keys are attended to in."""

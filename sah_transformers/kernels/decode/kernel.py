@@ -81,7 +81,8 @@ def plan_of(x: Inputs, *more: Any) -> Plan:
     q, k, v, stack = x.q, x.k, x.v, x.stack
     qs, ks, vs = q.stride(), k.stride(), v.stride()
     bound = max(256, power_of_2(k.shape[2]))
-    unit = 8 if not any(s % 8 for s in (*ks[:3], *vs[:3], q.shape[3], v.shape[3])) else 1
+    ored = ks[0] | ks[1] | ks[2] | vs[0] | vs[1] | vs[2] | q.shape[3] | v.shape[3]
+    unit = 1 if ored % 8 else 8  # whether 8 divides each
     key = (
         more, stack, q.dtype, q.device.index, q.shape, k.shape[1], v.shape[3], bound, unit, qs, ks[2], vs[2],
         max(ks[0], vs[0]) < 2**31, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, x.causal,
@@ -134,6 +135,12 @@ class Scratch:
             return self.base + offset
         size, dtype = self.sizes[name]
         return self.buffer[offset : offset + size * dtype.itemsize].view(dtype)
+
+    def arrays(self) -> dict[str, Any]:
+        """All of them by name."""
+        if not self.as_tensors:
+            return {name: self.base + offset for name, offset in self.offsets.items()}
+        return {name: self[name] for name in self.sizes}
 
 
 class Launcher:
@@ -264,7 +271,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
         },
     )  # fmt: skip
-    s = {name: scratch[name] for name in scratch.sizes}
+    s = scratch.arrays()
     q, k, v = launch.address(x.q), launch.address(x.k), launch.address(x.v)
     mask, look = see(x, plan, launch, s["limits"])
     bands, size = budgets(stack), (stack.size[0], bits_of(stack.size[1]))
