@@ -342,6 +342,17 @@ def test_long_hashes(bits, gqa):
     generate({**METHODS["hash_attention"], "hat_bits": bits, "gqa": gqa}, lengths=(120,))
 
 
+@kernel_test
+@pytest.mark.parametrize("stack", ["pages", "keys"])
+def test_a_prompt_by_side_data(stack):
+    """No kernel reads one: the reference does, unless the kernels are insisted on."""
+    q, k, v = tensors(H=2, G=1, Q=40, K=50, D=16)
+    truth = run(call_of(STACKS[stack], q, k, v))[0]
+    assert torch.equal(run(call_of(STACKS[stack], q, k, v, kernel="auto"))[0], truth)
+    with pytest.raises(ValueError, match="kernel 'triton' cannot take this call"):
+        run(call_of(STACKS[stack], q, k, v, kernel="triton"))
+
+
 @gpu_test
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", ["normal", *TIES, "one heavy"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import UNPROVEN, method_of
+from sah_transformers.kernels.approximate.methods import method_of
 from sah_transformers.kernels.approximate.stack import SideStack, read_side_stack
 from sah_transformers.kernels.decode import inputs_of, unfit
 from sah_transformers.kernels.device import on_device
@@ -31,10 +31,7 @@ def by_side_data(call: Call) -> bool:
 
 
 def why_not(call: Call) -> str:
-    """Why these kernels cannot take ``call``, or "" when they can.
-
-    With ``kernel="auto"`` methods that have not been through their tests on a GPU are left alone.
-    """
+    """Why these kernels cannot take ``call``, or "" when they can."""
     reason = unfit(call)
     if reason:
         return reason
@@ -45,8 +42,6 @@ def why_not(call: Call) -> str:
         low = call.side[-1]["low"]
         inside = low.stride(3) == 1 and low.stride(2) == low.shape[3] and low.stride(0) == low.shape[1] * low.stride(1)
         return "" if inside else "the page bounds are not contiguous"
-    if call.kernel == "auto" and stack.selection.estimate in UNPROVEN:
-        return f"the kernels of {stack.selection.estimate} have not run on a GPU yet (kernel='triton' takes them)"
     return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 
