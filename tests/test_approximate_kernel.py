@@ -13,6 +13,7 @@ from kernel_process import (
     DEVICE,
     GPU,
     INTERPRETED,
+    captured,
     gpu_test,
     interpreter_test,
     kernel_test,
@@ -402,15 +403,7 @@ def test_graph_without_synchronisation(stack, padded):
         return attend(make_call(q, k, v, maskers, layer_state=state, kernel="triton", **options))
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step)
     for seed in range(1, 4):
         q.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[0])
         v.copy_(tensors(B=2, H=8, G=2, K=5000, D=64, dtype=torch.bfloat16, seed=seed)[2])

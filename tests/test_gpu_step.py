@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_process import captured, never_waiting
 from method_files import DEFAULTS, fit
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -150,15 +151,7 @@ def test_a_captured_step_with_side_data_never_waits(method):
     for filled in (301, 302):
         fill(filled)
         step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step)
     for filled in (303, 304, 320, 310, 400):
         fill(filled)
         graph.replay()
@@ -188,13 +181,9 @@ def test_a_decode_layer_never_waits_for_the_device():
     cache.update(past, past, 0)
     for _ in range(3):
         layer()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for _ in range(20):
             layer()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()
