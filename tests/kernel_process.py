@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, and cannot be left.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -33,6 +34,27 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+
+
+@contextlib.contextmanager
+def never_waiting():
+    """The host must not wait for the device here."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(step):
+    """(CUDA graph of ``step``, what its replays write), once it has run without waiting for the device."""
+    with never_waiting():
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph, out
 
 
 ARCHITECTURES = (80, 90, 100)

@@ -1,10 +1,10 @@
 """On CUDA devices: the cache that appends in place, CUDA graphs over a static cache, models spread over two devices."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from kernel_process import captured, never_waiting
 from method_files import DEFAULTS, fit
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -15,8 +15,6 @@ from sah_transformers.attention import make_call, run
 from sah_transformers.integration.attention_function import sah_attention
 from sah_transformers.integration.operator import attention_with_state_operator
 from sah_transformers.integration.plan import plan_of
-from sah_transformers.kernels import append, approximate
-from sah_transformers.kernels.approximate import methods
 from sah_transformers.rows import Context
 from sah_transformers.state import LayerState
 from sah_transformers.static_state import StaticState
@@ -88,12 +86,12 @@ def test_side_data_in_cuda_graphs_change_no_token(method, prefill, padded, gqa):
     masker = fit({**DEFAULTS[method], "heavy_size": 0.1, "gqa": gqa}, 4, 2, 64)
     masker |= {"pq_bits": 4} if method == "pq_cache" else {}
     config = {"maskers": [*WINDOWS, masker], "prefill": prefill, "kernel": "triton"}
-    model = sah_transformers.enable(model_of(), config if prefill == "dense" else {**config, "kernel": "auto"})
+    config = config if prefill == "dense" else {**config, "kernel": "auto"}  # no kernel reads a prompt by side data
+    model = sah_transformers.enable(model_of(layers=2), config)
     inputs = prompts(padded)
     right = tokens(model, inputs)
-    if prefill == "same":  # no kernel reads a prompt by side data
-        with unproven_no_more():
-            assert torch.equal(tokens(model, inputs, cache_implementation="static"), right)
+    if prefill == "same":
+        assert torch.equal(tokens(model, inputs, cache_implementation="static"), right)
         return
     cache = StaticCache(config=model.config, max_cache_len=400)
     assert torch.equal(tokens(model, inputs, past_key_values=cache), right)
@@ -116,23 +114,6 @@ def test_side_data_in_cuda_graphs_change_no_token(method, prefill, padded, gqa):
         assert torch.equal(tokens(model, inputs, cache_implementation="static", max_cache_len=400), right)
 
 
-@contextlib.contextmanager
-def unproven_no_more():
-    before = methods.UNPROVEN, append.UNPROVEN, append.UNPROVEN_IN_GRAPHS, approximate.UNPROVEN
-    methods.UNPROVEN = append.UNPROVEN = append.UNPROVEN_IN_GRAPHS = approximate.UNPROVEN = frozenset()
-    try:
-        yield
-    finally:
-        methods.UNPROVEN, append.UNPROVEN, append.UNPROVEN_IN_GRAPHS, approximate.UNPROVEN = before
-
-
-def test_side_data_that_are_unproven_leave_the_graph_and_stay_right():
-    torch.compiler.reset()
-    model = sah_transformers.enable(model_of(), QUEST)
-    inputs = prompts(True)
-    assert torch.equal(tokens(model, inputs, cache_implementation="static"), tokens(model, inputs))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_a_captured_step_with_side_data_never_waits(method):
@@ -140,7 +121,7 @@ def test_a_captured_step_with_side_data_never_waits(method):
     masker = fit({**DEFAULTS[method], "heavy_size": 0.1}, 4, 2, 64)
     masker |= {"pq_bits": 4} if method == "pq_cache" else {}
     config = {"maskers": [*WINDOWS, masker], "prefill": "dense", "kernel": "triton"}
-    model = sah_transformers.enable(model_of(torch.bfloat16), config)
+    model = sah_transformers.enable(model_of(torch.bfloat16, layers=1), config)
     module, length = model.model.layers[0].self_attn, torch.zeros((), dtype=torch.int64, device="cuda")
     keys, values = (torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(2, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
@@ -170,15 +151,7 @@ def test_a_captured_step_with_side_data_never_waits(method):
     for filled in (301, 302):
         fill(filled)
         step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step)
     for filled in (303, 304, 320, 310, 400):
         fill(filled)
         graph.replay()
@@ -208,13 +181,9 @@ def test_a_decode_layer_never_waits_for_the_device():
     cache.update(past, past, 0)
     for _ in range(3):
         layer()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for _ in range(20):
             layer()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()

@@ -178,13 +178,11 @@ def test_chunks_and_strides():
 
 
 def test_what_takes_it(monkeypatch):
-    """Not yet the kernel that ``"auto"`` chooses."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
     call = grouped(data("normal", 1, 4, 2, 20, 30, 16, 16, torch.float32), [SINK, best(3)])
-    assert why_not(call) == ""
-    assert "GPU" in why_not(replace(call, kernel="auto"))
+    assert why_not(call) == why_not(replace(call, kernel="auto")) == ""
     alone = grouped(data("normal", 1, 2, 2, 20, 30, 16, 16, torch.float32), [best(3)])
     assert why_not(replace(alone, kernel="auto")) == ""
     many = grouped(data("normal", 1, 33, 1, 20, 30, 16, 16, torch.float32), [best(3)])

@@ -14,7 +14,7 @@ from sah_transformers.attention import _join, make_call, run
 from sah_transformers.kernels.prefill import prefill, why_not
 from sah_transformers.kernels.prefill.stack import Bands, stack_of
 from sah_transformers.maskers import MaskerRegistry
-from sah_transformers.selections import Best, Everything, First, Last, Mass
+from sah_transformers.selections import Best, Estimated, Everything, First, Last, Mass, Pages
 
 INTERPRETER = INTERPRETED and not GPU
 HERE = GPU or INTERPRETED
@@ -365,6 +365,8 @@ def test_stacks():
     assert stack.scored == Best(7, False)
     assert stack_of([Mass(0.9, False, False), Everything()]).scored is None
     assert isinstance(stack_of([None]), str)
+    assert "side data" in stack_of([First(3), Pages(0.1, False, 16)])
+    assert "side data" in stack_of([First(3), Estimated(0.1, False, "none", "exact")])
 
 
 LARGE = {

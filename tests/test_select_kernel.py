@@ -11,6 +11,7 @@ from kernel_process import (
     GPU,
     HAS_TRITON,
     INTERPRETED,
+    captured,
     gpu_test,
     interpreter_test,
     kernel_test,
@@ -411,15 +412,7 @@ def test_graph_without_synchronisation(dtype, filled):
         return mask_of("auto", 0.1, q, k, v, had, attention_mask=valid).active()
 
     select()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        select()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = select()
+    graph, out = captured(select)
     for seed in range(1, 4):
         for old, new in zip((q, k, v), tensors(**shape, seed=seed), strict=True):
             old.copy_(new)

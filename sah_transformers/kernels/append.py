@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import METHODS, UNPROVEN, UNPROVEN_IN_GRAPHS, method_of
+from sah_transformers.kernels.approximate.methods import METHODS, method_of
 from sah_transformers.kernels.approximate.place import Direct, Span
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -51,8 +51,6 @@ def in_place(
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
     if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
         return False
-    if context.kernel == "auto" and selection.estimate in UNPROVEN:
-        return False
     if keys.dtype not in DTYPES or values.stride(3) != 1 or max(keys.shape[3], values.shape[3]) > 256:
         return False
     given = masker.given(context, keys.shape[3], keys.device)
@@ -63,10 +61,6 @@ def from_device(
     masker: Masker, keys: torch.Tensor, values: torch.Tensor, buffers: dict[str, Any], context: Context
 ) -> bool:
     """Whether ``append_from_device`` writes ``masker``'s side data of a key of ``keys [B, G, K, D]``."""
-    selection = masker.described
-    kind = "pages" if isinstance(selection, Pages) else getattr(selection, "estimate", "")
-    if context.kernel == "auto" and kind in UNPROVEN_IN_GRAPHS:
-        return False
     return in_place(masker, keys, values, keys.shape[2] - 1, buffers, True, context)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.methods import UNPROVEN, method_of
+from sah_transformers.kernels.approximate.methods import method_of
 from sah_transformers.kernels.approximate.stack import SideStack, read_side_stack
 from sah_transformers.kernels.decode import inputs_of, unfit
 from sah_transformers.kernels.device import on_device
@@ -33,10 +33,7 @@ def by_side_data(call: Call) -> bool:
 
 
 def why_not(call: Call) -> str:
-    """Why these kernels cannot take ``call``, or "" when they can.
-
-    With ``kernel="auto"`` methods that have not been through their tests on a GPU are left alone.
-    """
+    """Why these kernels cannot take ``call``, or "" when they can."""
     reason = unfit(call)
     if reason:
         return reason
@@ -45,8 +42,6 @@ def why_not(call: Call) -> str:
         return stack
     if isinstance(stack.selection, Pages):
         return _why_not_pages(call.side[-1]["low"])
-    if call.kernel == "auto" and stack.selection.estimate in UNPROVEN:
-        return f"the kernels of {stack.selection.estimate} have not run on a GPU yet (kernel='triton' takes them)"
     return method_of(stack.selection.estimate).why_not(given_to(call), call.keys.shape[3])
 
 

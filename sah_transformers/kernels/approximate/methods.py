@@ -30,12 +30,6 @@ METHODS = {
     for name in ("exact", "hash_attention", "double_sparsity", "pq_cache", "socket")
 }
 
-UNPROVEN = frozenset(METHODS) - {"exact"}
-"""Methods whose kernels have not been through their tests on a GPU: ``kernel="auto"`` leaves them alone."""
-
-UNPROVEN_IN_GRAPHS = frozenset({"pages", *METHODS})
-"""What has not been through its tests in CUDA graphs, where appends find their place on the device; as above."""
-
 
 def method_of(estimate: str) -> Any:
     """The module of an estimate that ``METHODS`` names."""

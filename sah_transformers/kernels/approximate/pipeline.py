@@ -31,7 +31,6 @@ from sah_transformers.kernels.decode.kernel import (
     power_of_2,
     see,
 )
-from sah_transformers.kernels.device import can_chain
 from sah_transformers.selections import Estimated, Pages
 
 F32, I32 = torch.float32, torch.int32
@@ -54,6 +53,7 @@ class Work:
     given: Any
     positions: torch.Tensor | None
     plan: Plan
+    tuning: Tuning
     launch: Launcher
     out: torch.Tensor
     slots: torch.Tensor | None = None
@@ -66,7 +66,6 @@ class Work:
         self.all_rows = self.batch * self.heads * self.rows
         self.selections = self.batch * self.groups * self.rows if self.selection.group else self.all_rows
         self.shared = self.selection.group and self.heads > self.groups
-        self.tuning: Tuning = tuning_of(x.q.element_size(), max(self.plan.dims["BD"], self.plan.wide["BDV"]))
         self.bands = budgets(x.stack)
         self.size = (x.stack.size[0], bits_of(x.stack.size[1]))
         self.sighted = {**self.plan.shape, **self.plan.sight}
@@ -193,8 +192,8 @@ def attend_rows(
     out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
     if POISON:
         out.fill_(float("nan"))
-    work = Work(x, selection, side, given, positions, plan, Launcher(plan, x.q.device), out)
-    work.launch.chained = work.tuning.chained and can_chain(x.q.device)
+    tuning = tuning_of(x.q.element_size(), max(plan.dims["BD"], plan.wide["BDV"]))
+    work = Work(x, selection, side, given, positions, plan, tuning, Launcher(plan, x.q.device, tuning.chained), out)
     try:
         (attend_pages if isinstance(selection, Pages) else attend_by_levels)(work)
     except Exception:

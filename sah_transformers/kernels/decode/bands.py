@@ -32,9 +32,10 @@ def bands_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, one part of the keys that any of the rows' bands hold."""
+    follow(CHAINED)
     i_s, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
     i_b, i_g = i_bg // G, i_bg % G

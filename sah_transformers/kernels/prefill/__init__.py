@@ -86,11 +86,8 @@ def _why_not_scored(call: Call, scored: Best | Mass | None) -> str:
     if scored is None:
         return ""
     share = call.queries.shape[1] // call.keys.shape[1]
-    if scored.group and share > 1:
-        if share > MAX_GROUP:
-            return f"keys are ranked per KV head and {share} query heads are beyond {MAX_GROUP}"
-        if call.kernel == "auto":
-            return "ranking per KV head has not run on a GPU yet (kernel='triton' takes it)"
+    if scored.group and share > MAX_GROUP:
+        return f"keys are ranked per KV head and {share} query heads are beyond {MAX_GROUP}"
     if isinstance(scored, Mass) and not LEAST_TOP_P <= scored.top_p < 1.0:
         return f"top_p is {scored.top_p!r}, outside [{LEAST_TOP_P}, 1)"
     if call.context.scaling <= 0:
