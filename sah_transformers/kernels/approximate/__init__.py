@@ -74,6 +74,9 @@ def attend(call: Call) -> torch.Tensor:
     inputs = inputs_of(call, stack.stack)
     if context.padded and inputs.mask is None:  # rows that see the padding too: pages do not count it
         inputs = replace(inputs, mask=torch.ones(1, 1, call.shape[3], dtype=torch.bool, device=call.keys.device))
-    side = {name: t for name, t in call.side[-1].items() if name not in (*masker.prepared, "ready")}
+    side, given = call.side[-1], None
+    if isinstance(stack.selection, Estimated):
+        once = (*masker.prepared, "ready")
+        side, given = {name: t for name, t in side.items() if name not in once}, given_to(call)
     with on_device(call.queries):
-        return attend_rows(inputs, stack.selection, side, given_to(call), context.positions)
+        return attend_rows(inputs, stack.selection, side, given, context.positions)

@@ -50,20 +50,20 @@ def unfit(call: Call) -> str:
     reason = no_kernels(queries)
     if reason:
         return reason
-    if queries.shape[2] > MOST_QUERIES:
-        return f"the call has {queries.shape[2]} queries, more than {MOST_QUERIES}"
-    if min(*queries.shape, *keys.shape, *values.shape) == 0:
+    (batch, heads, rows, dim), (total, value_dim) = queries.shape, values.shape[2:]
+    if rows > MOST_QUERIES:
+        return f"the call has {rows} queries, more than {MOST_QUERIES}"
+    if not (queries.numel() and keys.numel() and values.numel()):
         return "a dimension is empty"
-    if keys.shape[2] > MOST_KEYS:
-        return f"the cache has {keys.shape[2]} keys, more than {MOST_KEYS}"
-    if 4 * queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] > MOST_SCRATCH:
+    if total > MOST_KEYS:
+        return f"the cache has {total} keys, more than {MOST_KEYS}"
+    if 4 * batch * heads * rows * total > MOST_SCRATCH:
         return "scores of all rows would need more than 1 GiB"
-    if queries.dtype not in DTYPES or not queries.dtype == keys.dtype == values.dtype:
-        return (
-            f"the dtypes are {queries.dtype}, {keys.dtype}, {values.dtype}; one of float16, bfloat16, float32 is needed"
-        )
-    if max(queries.shape[3], values.shape[3]) > 256:
-        return f"head dimensions are {queries.shape[3]} and {values.shape[3]}, more than 256"
+    dtype = queries.dtype
+    if dtype not in DTYPES or keys.dtype != dtype or values.dtype != dtype:
+        return f"the dtypes are {dtype}, {keys.dtype}, {values.dtype}; one of float16, bfloat16, float32 is needed"
+    if dim > 256 or value_dim > 256:
+        return f"head dimensions are {dim} and {value_dim}, more than 256"
     if queries.stride(3) != 1 or keys.stride(3) != 1 or values.stride(3) != 1:
         return "the head dimension of a tensor is not contiguous"
     if call.dropout:
@@ -80,7 +80,7 @@ def unfit(call: Call) -> str:
         return "the call has two masks"
     if call.sinks is not None and (call.sinks.dim() != 1 or call.sinks.requires_grad):
         return "learned sinks differ between sequences or rows, or need gradients"
-    if call.min_keys > 1 and sight.is_prefix() and call.min_keys > keys.shape[2] - queries.shape[2] + 1:
+    if call.min_keys > 1 and sight.is_prefix() and call.min_keys > total - rows + 1:
         return f"rows see fewer than min_keys = {call.min_keys} keys"
     return ""
 
