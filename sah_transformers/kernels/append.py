@@ -158,8 +158,9 @@ def fold(
 
     launch = Direct()
     batch, groups, total, dim = keys.shape
-    unit = 8 if not any(s % 8 for s in (*keys.stride()[:3], dim)) else 1
-    steps = [s // unit for s in keys.stride()[:3]]
+    strides = keys.stride()[:3]
+    unit = 8 if not any(s % 8 for s in (*strides, dim)) else 1
+    steps = [s // unit for s in strides]
     common: dict[str, Any] = {"G": groups, "D": dim, "BD": power_of_2(dim), "UNIT": unit, "PAGE": page}
     warps = max(1, min(4, power_of_2(page) * power_of_2(dim) // 2048))
     if positions is None:

@@ -17,13 +17,36 @@ Span = tuple[int, int] | torch.Tensor
 
 
 class Direct:
-    """Launches kernels through Triton, as `decode.kernel.Launcher` does on its first call."""
+    """Launches kernels on the current device, one by one; a kind of launch that was there before without Triton's
+    look-up, as `decode.kernel.Launcher` does. ``args[0]`` is a tensor."""
 
     def address(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *args: Any, warps: int = 4, **constants: Any) -> None:
-        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+        device = args[0].device.index
+        kind = (kernel.fn, device, warps, *map(kind_of, args), *constants.values())
+        known = _compiled.get(kind)
+        if known is not None:
+            run, function, metadata, values = known
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            given = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            run(*grid, stream, function, metadata, None, None, None, *given, *values)
+            return
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+        if hasattr(compiled, "packed_metadata"):  # not under the interpreter
+            values = (*constants.values(), *[None] * (len(kernel.arg_names) - len(args) - len(constants)))
+            _compiled[kind] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+def kind_of(arg: Any) -> Any:
+    """What of a kernel's argument Triton compiles for, at least."""
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16
+    return (arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg)
 
 
 def many(span: Span) -> bool:
