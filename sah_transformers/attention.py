@@ -243,14 +243,14 @@ def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
             raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
         if tensor.dtype != queries.dtype:
             raise ValueError(f"{name} must have the queries' dtype {queries.dtype}, got {tensor.dtype}")
-    batch, heads, _, dim = queries.shape
-    groups = keys.shape[1]
+    (batch, heads, _, dim), shape = queries.shape, keys.shape
+    groups = shape[1]
     if groups == 0 or heads % groups:
         raise ValueError(f"query heads must be a multiple of KV heads, got H={heads}, G={groups}")
-    if keys.shape[0] != batch or keys.shape[3] != dim:
-        raise ValueError(f"keys must have shape [{batch}, G, K, {dim}], got {list(keys.shape)}")
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"values must have shape {list(keys.shape[:3])} + [Dv], got {list(values.shape)}")
+    if shape[0] != batch or shape[3] != dim:
+        raise ValueError(f"keys must have shape [{batch}, G, K, {dim}], got {list(shape)}")
+    if values.shape[:3] != shape[:3]:
+        raise ValueError(f"values must have shape {list(shape[:3])} + [Dv], got {list(values.shape)}")
 
 
 def sparse_attention(

@@ -52,7 +52,7 @@ class SideBuffer:
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, length, ...]``."""
-        return self.storage[:, :, : self.length]
+        return self.storage.narrow(2, 0, self.length)
 
     def reserve(self, total: int) -> None:
         """Make room for ``total`` keys."""
@@ -105,7 +105,7 @@ class PageBuffer:
 
     def view(self) -> torch.Tensor:
         """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
-        return self.storage[:, :, : self.pages]
+        return self.storage.narrow(2, 0, self.pages)
 
     def reserve(self, length: int) -> None:
         """Make room for the pages of ``length`` keys."""
@@ -259,7 +259,7 @@ class LayerState:
     def _place(self, batch: int, total: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Positions of ``total`` keys, int64 ``[B, K]``; those of new keys are stored if some may be no real token."""
         if real is None and self._positions is None:
-            return counting(total, device).expand(batch, -1)
+            return all_real(batch, total, device)
         start, count = self.length, torch.zeros((), dtype=torch.int64, device=device)
         if self._positions is None:
             self._positions = SideBuffer(counting(start, device).expand(batch, 1, -1))
@@ -490,6 +490,17 @@ def counting(length: int, device: torch.device) -> torch.Tensor:
 
 
 _numbers: dict[torch.device, torch.Tensor] = {}
+
+
+def all_real(batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """Positions of keys that are all real tokens, int64 ``[B, K]``: of ``counting``, made once per step of a model."""
+    last = _last_real.get(device)
+    if last is None or last.shape != (batch, length):
+        last = _last_real[device] = counting(length, device).expand(batch, -1)
+    return last
+
+
+_last_real: dict[torch.device, torch.Tensor] = {}
 
 
 def check_side(

@@ -9,7 +9,7 @@ import torch
 
 from sah_transformers.kernels.append import append_from_device, follow
 from sah_transformers.rows import Context
-from sah_transformers.state import LayerState, PageBuffer, Prepared, SideBuffer, counting
+from sah_transformers.state import LayerState, PageBuffer, Prepared, SideBuffer, all_real, counting
 
 if TYPE_CHECKING:
     from sah_transformers.maskers.base import Masker, MaskerConfig
@@ -144,7 +144,7 @@ class StaticState(LayerState):
         self._padded = real is not None or self.length > 0
         if self._padded:
             return super()._place(batch, total, real, device)
-        positions = counting(total, device).expand(batch, -1)
+        positions = all_real(batch, total, device)
         self._positions.append(positions[:, None])
         return positions
 

@@ -169,26 +169,27 @@ def attend_planned(
     recorder: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a layer whose plan is not simply dense; ``held``: the keys as the cache gave them."""
-    rows = query.shape[2]
+    rows, total = query.shape[2], key.shape[2]
     layer = cache_layer(cache, getattr(module, "layer_idx", None), held)
-    static = layer is not None and is_static(layer) and key is held
+    in_static = layer is not None and is_static(layer)
+    static = in_static and key is held
     prompt = plan.prefill != "same" and 1 < rows <= plan.decode_max_queries
     if layer is not None and static and (plan.keepers or prompt or key.device.type == "cpu"):
-        filled = int(layer.cumulative_length)
-        key, value = key[:, :, :filled], value[:, :, :filled]
+        total = int(layer.cumulative_length)
+        key, value = key[:, :, :total], value[:, :, :total]
         if arguments["attention_mask"] is not None:
-            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :filled]}
+            arguments = {**arguments, "attention_mask": arguments["attention_mask"][..., :total]}
         static = False
-    empty_before = not static and key.shape[2] == rows
-    stack = plan.stack_of(empty_before, rows, key.shape[2])
+    empty_before = not static and total == rows
+    stack = plan.stack_of(empty_before, rows, total)
     state: LayerState | None = None
     kept: tuple[Masker, ...] = ()
     if plan.keepers and layer is not None and not getattr(layer, "is_sliding", False):
-        kept = plan.keepers if is_static(layer) else ()
-        state = state_of(layer) if kept or any(masker.needs_state for masker in stack) else None
+        kept = plan.keepers if in_static else ()
+        state = state_of(layer) if kept or stack.stateful else None
         if isinstance(state, StaticState):
             unasked = [masker for masker in kept if masker.config not in {one.config for one in stack}]
-            state.read_on(key.shape[2] - rows, key.shape[2], unasked)
+            state.read_on(total - rows, total, unasked)
 
     at = {"layer_idx": module.layer_idx, "head_offset": first_head(module, plan, query.shape[1])}
 
@@ -202,7 +203,7 @@ def attend_planned(
             layer_state=state,
             kernel=plan.kernel,
             kept=kept,
-            prompt=plan.prompt_before(stack, rows, key.shape[2]),
+            prompt=plan.prompt_before(stack, rows, total),
             **at,
             **arguments,
         )
@@ -222,9 +223,9 @@ def attend_planned(
         def attend() -> Any:
             return attend_dense(query, key, value, arguments, weights)
 
-        return recorder.dense(module.layer_idx, rows, key.shape[2], attend)
+        return recorder.dense(module.layer_idx, rows, total, attend)
 
-    if rows > 1 and key.shape[2] > LONG_PREFILL:
+    if rows > 1 and total > LONG_PREFILL:
         announce(call())
     if recorder is not None:
         side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
