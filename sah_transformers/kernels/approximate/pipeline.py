@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from sah_transformers.kernels.decode.bands import merge_kernel
 from sah_transformers.kernels.decode.kernel import (
     MOST_SPLITS,
     POISON,
+    Elements,
     Inputs,
     Launcher,
     Plan,
@@ -70,15 +72,15 @@ class Work:
         self.size = (x.stack.size[0], bits_of(x.stack.size[1]))
         self.sighted = {**self.plan.shape, **self.plan.sight}
 
-    def scratch(self, sizes: dict[str, tuple[int, torch.dtype]]) -> dict[str, Any]:
-        """The call's arrays; those that every stage shares are added."""
+    def scratch(self, sizes: Callable[[], Elements], *lengths: int) -> dict[str, Any]:
+        """The call's arrays, of ``sizes`` for ``lengths``; those that every stage shares are added."""
         self.splits = self.split()
         parts = self.all_rows * self.splits
-        shared = {
-            "limits": (5 * self.batch * self.rows, I32), "counts": (self.selections, I32),
+        layout = self.plan.layout(lambda: {
+            **sizes(), "limits": (5 * self.batch * self.rows, I32), "counts": (self.selections, I32),
             "sums": (parts * self.value_dim, F32), "peaks": (parts, F32), "totals": (parts, F32),
-        }  # fmt: skip
-        self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, {**sizes, **shared})
+        }, self.splits, *lengths)  # fmt: skip
+        self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, layout)
         return scratch.arrays()
 
     def split(self) -> int:
@@ -134,12 +136,10 @@ def attend_pages(work: Work) -> None:
     pages, capacity = low.shape[2], low.stride(1) // low.shape[3]
     stride = -(-pages // 16) * 16
     masked = plan.sight["MASKED"]
-    s = work.scratch(
-        {
-            "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
-            "flags": (work.batch * work.rows * pages if masked else 1, I32),
-        }
-    )  # fmt: skip
+    s = work.scratch(lambda: {
+        "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
+        "flags": (work.batch * work.rows * pages if masked else 1, I32),
+    }, pages)  # fmt: skip
     mask, look = see(x, plan, launch, s["limits"])
     slots = None
     if masked:

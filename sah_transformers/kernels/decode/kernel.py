@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,24 @@ class Inputs:
     stack: Stack
 
 
+Elements = dict[str, tuple[int, torch.dtype]]
+"""How many elements arrays have, and of which type."""
+
+
+@dataclass
+class Layout:
+    """Where arrays lie in one allocation, in bytes."""
+
+    sizes: Elements
+
+    def __post_init__(self) -> None:
+        self.offsets: dict[str, int] = {}
+        self.total = 0
+        for name, (size, dtype) in self.sizes.items():
+            self.offsets[name] = self.total
+            self.total += -(-size * dtype.itemsize // 256) * 256
+
+
 @dataclass
 class Plan:
     """What calls of one class of shapes have in common: tile sizes, compile-time constants, compiled kernels.
@@ -67,11 +86,20 @@ class Plan:
     digits: dict[str, int]
     streams: bool
     compiled: list[tuple] = field(default_factory=list)
+    last: tuple[tuple[int, ...], Layout] | None = None
 
     def steps(self, tensor: torch.Tensor) -> tuple[int, int, int]:
         """The strides of keys or values over batch, head and position, in units."""
         b, g, k, _ = tensor.stride()
         return b // self.unit, g // self.unit, k // self.unit
+
+    def layout(self, sizes: Callable[[], Elements], *lengths: int) -> Layout:
+        """Of arrays of ``sizes``, which depend on the plan and on ``lengths``; the last one is kept, as the layers of
+        a model ask for the same one after the other."""
+        last = self.last
+        if last is None or last[0] != lengths:
+            last = self.last = lengths, Layout(sizes())
+        return last[1]
 
 
 PLANS: dict[tuple, Plan] = {}
@@ -120,28 +148,22 @@ def _make_plan(x: Inputs, bound: int, unit: int) -> Plan:
 class Scratch:
     """Arrays of one call in one allocation; addresses once kernels are compiled, tensors for the first call."""
 
-    def __init__(self, device: torch.device, as_tensors: bool, sizes: dict[str, tuple[int, torch.dtype]]):
-        self.offsets, total = {}, 0
-        for name, (size, dtype) in sizes.items():
-            self.offsets[name] = total
-            total += -(-size * dtype.itemsize // 256) * 256
-        self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device, as_tensors: bool, layout: Layout):
+        self.buffer = torch.empty(layout.total, dtype=torch.uint8, device=device)
         if POISON:
             self.buffer.fill_(255)
-        self.sizes, self.as_tensors, self.base = sizes, as_tensors, self.buffer.data_ptr()
-
-    def __getitem__(self, name: str) -> Any:
-        offset = self.offsets[name]
-        if not self.as_tensors:
-            return self.base + offset
-        size, dtype = self.sizes[name]
-        return self.buffer[offset : offset + size * dtype.itemsize].view(dtype)
+        self.layout, self.as_tensors = layout, as_tensors
 
     def arrays(self) -> dict[str, Any]:
-        """All of them by name."""
+        """By name."""
+        offsets = self.layout.offsets
         if not self.as_tensors:
-            return {name: self.base + offset for name, offset in self.offsets.items()}
-        return {name: self[name] for name in self.sizes}
+            base = self.buffer.data_ptr()
+            return {name: base + offset for name, offset in offsets.items()}
+        return {
+            name: self.buffer.narrow(0, offsets[name], size * dtype.itemsize).view(dtype)
+            for name, (size, dtype) in self.layout.sizes.items()
+        }
 
 
 class Launcher:
@@ -211,25 +233,24 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
     tiles = -(-heads // groups * rows // plan.bm)
     splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), t.band_programs // max(1, batch * groups * tiles)))
     parts = batch * heads * rows * splits
-    scratch = Scratch(
-        x.q.device, not launch.ready,
-        {
-            "limits": (5 * batch * rows, torch.int32), "sums": (parts * value_dim, torch.float32),
-            "peaks": (parts, torch.float32), "totals": (parts, torch.float32),
-        },
-    )  # fmt: skip
-    mask, look = see(x, plan, launch, scratch["limits"])
+    layout = plan.layout(lambda: {
+        "limits": (5 * batch * rows, torch.int32), "sums": (parts * value_dim, torch.float32),
+        "peaks": (parts, torch.float32), "totals": (parts, torch.float32),
+    }, keys)  # fmt: skip
+    scratch = Scratch(x.q.device, not launch.ready, layout)
+    s = scratch.arrays()
+    mask, look = see(x, plan, launch, s["limits"])
     launch(
         bands_kernel, (splits, batch * groups, tiles),
-        launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, scratch["limits"],
-        scratch["sums"], scratch["peaks"], scratch["totals"],
+        launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"],
+        s["sums"], s["peaks"], s["totals"],
         keys, batch, *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look,
         x.scaling, x.softcap or 1.0, *budgets(x.stack),
         **plan.shape, **plan.dims, **plan.wide, **plan.sight, SOFTCAP=x.softcap is not None, UNIT=plan.unit,
         BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
     )  # fmt: skip
     launch(
-        merge_kernel, (batch * heads * rows, 1, 1), scratch["sums"], scratch["peaks"], scratch["totals"],
+        merge_kernel, (batch * heads * rows, 1, 1), s["sums"], s["peaks"], s["totals"],
         launch.address(x.q if x.sinks is None else x.sinks), launch.address(out), splits,
         H=heads, Q=rows, **plan.wide, SINKS=x.sinks is not None, BS=MOST_SPLITS,
     )  # fmt: skip
@@ -255,23 +276,21 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     splits = -(-pieces // per_split)
     packs = selections * splits * t.chunk
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    scratch = Scratch(
-        x.q.device, not launch.ready,
-        {
-            "limits": (5 * batch * rows, i32), "lines": (3 * selections, f32),
-            "histogram": (selections * t.bins, i64 if mass else i32), "scores": (all_rows * stride, f32),
-            "peaks": (all_rows * chunks, f32), "stats": (3 * all_rows, f32),
-            "aboves": (selections * looks if after else all_rows * chunks, i32),
-            "masses": (2 * all_rows * chunks if after else 1, f32), "over": (selections * looks if after else 1, f32),
-            "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
-            "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
-            "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
-            "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32),
-            "packed": (packs, i64 if kind != "group" else i32),
-            "weights": (selections * stride * side_by_side if kind == "group" else 1, x.v.dtype),
-            "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
-        },
-    )  # fmt: skip
+    layout = plan.layout(lambda: {
+        "limits": (5 * batch * rows, i32), "lines": (3 * selections, f32),
+        "histogram": (selections * t.bins, i64 if mass else i32), "scores": (all_rows * stride, f32),
+        "peaks": (all_rows * chunks, f32), "stats": (3 * all_rows, f32),
+        "aboves": (selections * looks if after else all_rows * chunks, i32),
+        "masses": (2 * all_rows * chunks if after else 1, f32), "over": (selections * looks if after else 1, f32),
+        "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
+        "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
+        "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
+        "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32),
+        "packed": (packs, i64 if kind != "group" else i32),
+        "weights": (selections * stride * side_by_side if kind == "group" else 1, x.v.dtype),
+        "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
+    }, keys)  # fmt: skip
+    scratch = Scratch(x.q.device, not launch.ready, layout)
     s = scratch.arrays()
     q, k, v = launch.address(x.q), launch.address(x.k), launch.address(x.v)
     mask, look = see(x, plan, launch, s["limits"])
