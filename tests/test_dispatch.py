@@ -1,13 +1,17 @@
 """Which kernel a call gets, and what happens where a kernel cannot be built. No GPU: kernels are stand-ins."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sah_transformers.kernels import decode, dispatch, prefill, select
-from sah_transformers.maskers import MaskerRegistry
+from sah_transformers.kernels.approximate import place
+from sah_transformers.kernels.decode.stack import Stack, read_stack
+from sah_transformers.maskers import MaskerRegistry, MaskerStack
 
 
 class Cuda(torch.Tensor):
@@ -143,3 +147,68 @@ def test_a_kernel_that_cannot_append(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records if "written by PyTorch" in record.getMessage()] == [
         "side data of QuestTopKMasker are written by PyTorch: out of resource: threads"
     ]
+
+
+class Kernel:
+    """A Triton kernel of two arguments and two constants, the second with a default."""
+
+    arg_names = ("k", "n", "D", "LATER")
+
+    def __init__(self):
+        self.looked_up, self.launched = 0, []
+
+    @property
+    def fn(self):
+        return type(self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.looked_up += 1
+            return SimpleNamespace(run=lambda *a: self.launched.append(a), function="f", packed_metadata="m")
+
+        return launch
+
+
+def test_launches_of_a_known_kind_are_not_looked_up_again(monkeypatch):
+    monkeypatch.setattr(place, "_compiled", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    kernel, launch, keys = Kernel(), place.Direct(), torch.zeros(64)
+    launch(kernel, (1, 2, 3), keys, 5, D=8)
+    assert (kernel.looked_up, kernel.launched) == (1, [])
+    launch(kernel, (4, 1, 1), keys, 6, D=8)
+    assert kernel.launched == [(4, 1, 1, 7, "f", "m", None, None, None, keys.data_ptr(), 6, 8, None)]
+    for n, of, dim in (
+        (1, keys, 8),
+        (16, keys, 8),
+        (2**31, keys, 8),
+        (5, keys[1:], 8),
+        (5, keys.half(), 8),
+        (5, keys, 4),
+    ):
+        looked_up = kernel.looked_up
+        launch(kernel, (1, 1, 1), of, n, D=dim)
+        assert kernel.looked_up == looked_up + 1
+    assert len(kernel.launched) == 1
+
+
+def stack_of(size):
+    return MaskerStack([MaskerRegistry.create_masker({"type": "sink", "sink_size": size})])
+
+
+def test_what_is_read_of_a_stack_is_its_own():
+    """A budget of one key equals one of all keys as a number, and nothing else."""
+    one, everything = stack_of(1), stack_of(1.0)
+    assert one.described == everything.described
+    assert one.described.read(read_stack, 1).first == (1, 0.0)
+    assert everything.described.read(read_stack, 1).first == (1, 1.0)
+    assert one.described.read(read_stack, 1) is one.described.read(read_stack, 1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stack: pickle.loads(pickle.dumps(stack))])
+def test_copies_of_a_stack(copied):
+    stack = stack_of(3)
+    assert isinstance(stack.described.read(read_stack, 1), Stack)
+    other = copied(stack)
+    assert type(other) is MaskerStack
+    assert other.described == stack.described
+    assert other[0] is not stack[0]
