@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -95,6 +95,10 @@ class PageBuffer:
         self.identity = float("inf") if fold == "amin" else float("-inf")
         self.storage = first.new_full((*first.shape[:2], -(-capacity // size), *first.shape[3:]), self.identity)
         self.pages = 0
+        self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shown": None}
 
     @classmethod
     def over(cls, storage: torch.Tensor, size: int, fold: Fold) -> PageBuffer:
@@ -104,8 +108,14 @@ class PageBuffer:
         return buffer
 
     def view(self) -> torch.Tensor:
-        """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
-        return self.storage.narrow(2, 0, self.pages)
+        """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token.
+
+        Most new keys begin no page: then it is the view that was given out before.
+        """
+        shown = self._shown
+        if shown is None or shown[0] is not self.storage or shown[1].shape[2] != self.pages:
+            shown = self._shown = self.storage, self.storage.narrow(2, 0, self.pages)
+        return shown[1]
 
     def reserve(self, length: int) -> None:
         """Make room for the pages of ``length`` keys."""
@@ -143,7 +153,7 @@ class PageBuffer:
 
     def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the stored data by ``operation`` of it."""
-        self.storage = operation(self.storage)
+        self.storage, self._shown = operation(self.storage), None
 
 
 @dataclass
