@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.values import sortable
+from sah_transformers.kernels.decode.values import numbers_below, pivots_above, sortable
 
 NO_CANDIDATE = tl.constexpr(-0x80000000)
 
@@ -34,10 +34,7 @@ def cut_of(b_i, room, candidates):
     o = tl.arange(0, 8)
     count = candidates
     while (shift >= 0) & (count != room):
-        b_part = tl.minimum((b_x - low) >> shift.to(tl.uint32), 7)  # numbers below ``low`` wrap around
-        b_above = tl.full(b_x.shape, 0x11111110, tl.uint32) << (b_part * 4)  # four bits per pivot: whether it is above
-        b_above = tl.sum(tl.reshape(b_above, (b_x.numel // 8, 8), can_reorder=True), 1)
-        b_below = tl.sum((b_above[:, None] >> (o * 4).to(tl.uint32)[None, :]) & 15, 0).to(tl.int32)  # [8], ascending
+        b_below = numbers_below(pivots_above(b_x, low, shift.to(tl.uint32)), 8, 8)  # ascending
         last = tl.max(tl.where(b_below <= count - room, b_below * 8 + o, 0))
         low += (last & 7).to(tl.uint32) << shift.to(tl.uint32)
         count -= last >> 3
