@@ -43,11 +43,11 @@ def sampled_bracket(
         o_h = tl.arange(0, HEADS)
         m_h = o_h < H // G
         o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
-        p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
-        b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
-        m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
+        p_s = scores + o_r[None, :].to(tl.int64) * (stride * 16) + o_k[:, None]
+        b_s = tl.load(p_s, mask=m_h[None, :] & m_k[:, None], other=float("-inf"))  # a sample's heads in one thread
         peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
-        b_v = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
+        m_k = m_k & (tl.max(b_s, 1) > float("-inf"))
+        b_v = tl.sum(tl.exp(b_s - peak[None, :]) * (1.0 / tl.maximum(free + band, 1.0))[None, :], 1)
         b_v = sortable(tl.where(m_k, b_v, 0.0)).to(tl.float32)  # roughly logarithmic
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))

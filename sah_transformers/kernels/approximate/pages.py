@@ -4,8 +4,14 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import best_of, rankable
+from sah_transformers.kernels.approximate.rows import bits_set
 from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
+
+
+@triton.jit
+def counted(count, bits, other_count, other_bits):
+    return count + other_count, other_bits
 
 
 @triton.jit(do_not_specialize=["P", "capacity", "stride"])
@@ -93,7 +99,7 @@ def select_pages_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
-    """The pages of one selection row, ascending: ``lists [E, stride]``, ``counts [E]``.
+    """The pages of one selection row, ascending: ``lists [E, stride]``, ``counts [E]``; ``stride`` is a multiple of 16.
 
     ``ceil(budget / PAGE)`` pages of those that hold a candidate, the row's own first, then the highest bounds (of a
     ``GROUP``: the highest sums of the heads' softmax over the pages they see but the own), the lower of equal ones.
@@ -105,40 +111,45 @@ def select_pages_kernel(
     n, first_end, last_start = limits_of(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
+    stride = stride // 16 * 16  # what lies behind the last page is read and not looked at
     o_p = tl.arange(0, PAGES)
     if MASKED:
         b_f = tl.load(flags + (i_b * Q + i_q).to(tl.int64) * P + o_p, mask=o_p < P, other=0)
-        m_seen, m_held = b_f >= 1, b_f >= 3
-        own = tl.max(tl.where(m_seen, o_p, -1))
+        own = tl.max(tl.where(b_f >= 1, o_p, -1))
+        own_held = tl.max(((b_f >= 3) & (o_p == own)).to(tl.int32))
+        m_seen, m_held = (b_f >= 1) & (o_p != own), (b_f >= 3) & (o_p != own)
+        candidates = tl.sum(m_held.to(tl.int32))
     else:
-        m_seen = o_p * PAGE < n
-        m_held = tl.maximum(o_p * PAGE, first_end) < tl.minimum((o_p + 1) * PAGE, last_start)
         own = (n + PAGE - 1) // PAGE - 1
+        begin, end = first_end // PAGE, tl.where(first_end < last_start, (last_start + PAGE - 1) // PAGE, 0)
+        own_held = ((begin <= own) & (own < end)).to(tl.int32)
+        end = tl.minimum(end, own)
+        m_seen, m_held = o_p < own, (o_p >= begin) & (o_p < end)
+        candidates = tl.maximum(end - begin, 0)
     if GROUP:
-        m_seen = m_seen & (o_p != own)
         b_v = tl.zeros([PAGES], tl.float32)
         for i_h in range(0, H // G, HEADS):
             o_h = i_h + tl.arange(0, HEADS)
-            m_s = (o_h < H // G)[:, None] & m_seen[None, :]
             i_r = ((i_e // Q) * (H // G) + o_h) * Q + i_q
-            b_s = tl.load(scores + i_r[:, None].to(tl.int64) * stride + o_p[None, :], mask=m_s, other=float("-inf"))
-            b_s = tl.where(m_s, b_s * scaling, float("-inf"))
+            p_s = scores + i_r[:, None].to(tl.int64) * stride + o_p[None, :]
+            b_s = tl.load(p_s, mask=(o_h < H // G)[:, None] & (o_p < stride)[None, :], other=0.0)
+            b_s = tl.where(m_seen[None, :], b_s * scaling, float("-inf"))
             b_peak = tl.max(b_s, 1)
-            b_w = tl.where(m_s, tl.exp(b_s - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, None]), 0.0)
-            b_v += tl.sum(b_w / tl.maximum(tl.sum(b_w, 1), 1.0)[:, None], 0)
+            b_w = tl.exp(b_s - tl.where(b_peak == float("-inf"), 0.0, b_peak)[:, None])
+            b_share = tl.where(o_h < H // G, 1.0 / tl.maximum(tl.sum(b_w, 1), 1.0), 0.0)
+            b_v += tl.sum(b_w * b_share[:, None], 0)
     else:
-        b_v = tl.load(scores + i_e.to(tl.int64) * stride + o_p, mask=o_p < P, other=float("-inf"))
-    if MASKED:
-        own_held = tl.max((m_held & (o_p == own)).to(tl.int32))
-    else:
-        own_held = (tl.maximum(own * PAGE, first_end) < tl.minimum((own + 1) * PAGE, last_start)).to(tl.int32)
+        b_v = tl.load(scores + i_e.to(tl.int64) * stride + o_p, mask=o_p < stride, other=0.0)
     share = tl.cast(share, tl.int64).to(tl.float64, bitcast=True)
     budget = tl.maximum((n.to(tl.float64) * share).to(tl.int32), size)
     room = tl.maximum(budget // PAGE + (budget % PAGE > 0).to(tl.int32) - own_held, 0)
-    m_held = m_held & (o_p < P)
-    candidates = tl.sum(m_held.to(tl.int32)) - own_held
-    m_own = m_held & (o_p == own)
-    m_taken = best_of(rankable(b_v, m_held & (o_p != own)), room, candidates) | m_own
-    b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
-    tl.store(lists + i_e.to(tl.int64) * stride + b_rank, o_p, mask=m_taken)
+    m_taken = best_of(rankable(b_v, m_held), room, candidates) | (o_p == tl.where(own_held > 0, own, -1))
+    b_bits = tl.sum(tl.reshape(m_taken.to(tl.int32) << (o_p % 32), (PAGES // 32, 32)), 1)
+    b_count = bits_set(b_bits)
+    b_upto, b_bits = tl.associative_scan((b_count, b_bits), 0, counted)
+    p_list = lists + i_e.to(tl.int64) * stride + b_upto - bits_set(b_bits)
+    for i in tl.static_range(32):
+        b_bit = (b_bits >> i) & 1
+        tl.store(p_list, tl.arange(0, PAGES // 32) * 32 + i, mask=b_bit > 0)
+        p_list += b_bit
     tl.store(counts + i_e, tl.minimum(room, candidates) + own_held)

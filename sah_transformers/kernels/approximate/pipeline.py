@@ -158,7 +158,7 @@ def attend_pages(work: Work) -> None:
         pages, capacity, stride, *x.q.stride()[:3],
         **plan.shape, **plan.dims, BM=plan.bm, BN=t.score_pages, warps=t.score_warps,
     )  # fmt: skip
-    most_pages = power_of_2(-(-plan.keys // page))
+    most_pages = max(32, power_of_2(-(-plan.keys // page)))
     launch(
         select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["flags"], s["lists"], s["counts"],
         work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,

@@ -10,7 +10,7 @@ import triton.language as tl
 from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.score import capped
-from sah_transformers.kernels.decode.values import order_of, wanted_mass
+from sah_transformers.kernels.decode.values import numbers_below, order_of, pivots_above, wanted_mass
 
 NOTHING = tl.constexpr(-3.0e38)  # offset of a line that maps every value below the bracket
 SIGMAS = tl.constexpr(4.5)
@@ -27,29 +27,37 @@ def sample_position(o_s, first_end, last_start, SAMPLES: tl.constexpr):
 
 
 @triton.jit
+def outline(n, low, high, other_n, other_low, other_high):
+    return n + other_n, tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
 def count_bracket(b_x, m_x, share):
-    """(low, high) around the value that a ``share`` of the population exceeds; ``b_x`` are samples where ``m_x``."""
-    n = tl.sum(m_x.to(tl.int32)).to(tl.float32)
-    expected = n * share
+    """(low, high) around the value that a ``share`` of the population exceeds; ``b_x`` are samples where ``m_x``.
+
+    Both ends are found at once, to 1/512 of the samples' range, of which each round finds three bits.
+    """
+    b_low, b_high = tl.where(m_x, b_x, float("inf")), tl.where(m_x, b_x, float("-inf"))
+    n, smallest, largest = tl.reduce((m_x.to(tl.int32), b_low, b_high), 0, outline)
+    all = n.to(tl.float32)
+    expected = all * share
     spread = SIGMAS * tl.sqrt(expected * (1 - share) + 0.25)
     few, many = expected - spread - 1, expected + spread + 2
-    smallest = tl.min(tl.where(m_x, b_x, float("inf")))
-    largest = tl.max(tl.where(m_x, b_x, float("-inf")))
-    o = tl.arange(0, 16)
-    upper = o < 8
-    wanted = tl.where(upper, few + 1, many)
-    low, high = smallest, smallest
-    width = largest - smallest
-    for _ in tl.range(0, ROUNDS, loop_unroll_factor=1):  # both ends at once, to 1/512 of the sample's range
-        width = width / 8
-        b_pivot = tl.where(upper, high, low) + width * (o % 8 + 1).to(tl.float32)
-        count = tl.sum((m_x[:, None] & (b_x[:, None] >= b_pivot[None, :])).to(tl.int32), 0).to(tl.float32)
-        reached = count >= wanted
-        high += width * tl.sum((reached & upper).to(tl.int32)).to(tl.float32)
-        low += width * tl.sum((reached & (o >= 8)).to(tl.int32)).to(tl.float32)
-    low = tl.where(many > n, smallest - 0.5 * (largest - smallest), low)
-    high = tl.where(few < 0, largest + 2 * (largest - low), high + width)
-    return low, high
+    width = (largest - smallest) / 512
+    scale = tl.where((width > 0) & (width < float("inf")), 1 / tl.maximum(width, 1e-37), 0.0)
+    b_step = tl.where(m_x, tl.minimum((b_x - smallest) * scale, 511.0), 1023.0).to(tl.uint32)
+    b_wanted = tl.where(tl.arange(0, 16) < 8, many, few + 1)
+    low, high = (n * 0).to(tl.uint32), (n * 0).to(tl.uint32)
+    for i in tl.static_range(ROUNDS):
+        b_above = pivots_above(tl.maximum(b_step, high), high, 6 - 3 * i).to(tl.uint64) << 32
+        b_above |= pivots_above(tl.maximum(b_step, low), low, 6 - 3 * i).to(tl.uint64)
+        b_reached = (n - numbers_below(b_above, 4, 16)).to(tl.float32) >= b_wanted  # [16], the upper half for ``high``
+        reached = tl.sum(tl.where(b_reached, tl.where(tl.arange(0, 16) < 8, 1, 16), 0))
+        low += (tl.maximum(reached % 16 - 1, 0) << (6 - 3 * i)).to(tl.uint32)
+        high += (tl.maximum(reached // 16 - 1, 0) << (6 - 3 * i)).to(tl.uint32)
+    b_from, b_to = smallest + width * low.to(tl.float32), smallest + width * (high.to(tl.float32) + 1)
+    b_from = tl.where(many > all, smallest - 0.5 * (largest - smallest), b_from)
+    return b_from, tl.where(few < 0, largest + 2 * (largest - b_from), b_to)
 
 
 @triton.jit
@@ -134,17 +142,23 @@ def mass_bracket(b_x, b_e, m_x, factor, left, peak):
 
 
 @triton.jit
+def both(one, two, other_one, other_two):
+    return one + other_one, two + other_two
+
+
+@triton.jit
 def row_totals(peaks, masses, stats, R, o_r, m_r, chunks, CHUNKS: tl.constexpr):
     """Reduce the chunks of rows to ``stats [3, R]``: peak, free mass and band mass relative to the peak."""
     o_c = tl.arange(0, CHUNKS)[None, :]
     m = m_r[:, None] & (o_c < chunks)
     p = o_r[:, None].to(tl.int64) * chunks + o_c
-    b_peak = tl.load(peaks + p, mask=m, other=float("-inf"))
+    b_peak = tl.load(peaks + p, mask=m, other=float("-inf"))  # all are under way before the first is needed
+    b_free = tl.load(masses + p, mask=m, other=0.0)
+    b_band = tl.load(masses + R.to(tl.int64) * chunks + p, mask=m, other=0.0)
     peak = tl.max(b_peak, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that sees nothing
     b_w = tl.exp(b_peak - peak[:, None])
-    free = tl.sum(tl.load(masses + p, mask=m, other=0.0) * b_w, 1)
-    band = tl.sum(tl.load(masses + R.to(tl.int64) * chunks + p, mask=m, other=0.0) * b_w, 1)
+    free, band = tl.reduce((b_free * b_w, b_band * b_w), 1, both)
     tl.store(stats + o_r, peak, mask=m_r)
     tl.store(stats + R + o_r, free, mask=m_r)
     tl.store(stats + 2 * R + o_r, band, mask=m_r)

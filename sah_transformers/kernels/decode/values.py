@@ -72,3 +72,21 @@ def sortable(b_v):
 def unsortable(i):
     """The float of a ``sortable`` integer."""
     return (i ^ ((i >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pivots_above(b_x, low, shift):
+    """Which pivots ``low + (j << shift)``, j from 0 to 7, are above each number from ``low`` on: bits 4 j. All uint32.
+
+    Eight of these words can be added up. Numbers below ``low`` have no bits.
+    """
+    b_part = tl.minimum((b_x - low) >> shift, 7)  # numbers below wrap around
+    return tl.full(b_x.shape, 0x11111110, tl.uint32) << (b_part * 4)
+
+
+@triton.jit
+def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
+    """``[PIVOTS]``: to how many words of `pivots_above` each pivot belongs; ``EACH`` of them in a thread, at most 8."""
+    b_above = tl.sum(tl.reshape(b_above, (b_above.numel // EACH, EACH), can_reorder=True), 1)
+    b_four = (b_above[:, None] >> (tl.arange(0, PIVOTS) * 4).to(b_above.dtype)[None, :]) & 15
+    return tl.sum(b_four.to(tl.int32), 0)
