@@ -78,7 +78,7 @@ class Rows:
 
 
 def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=False):
-    """(rows with levels, numbers that rank); ``line``: (begin, levels per unit) instead of the sampled one."""
+    """(rows with levels, numbers that rank); ``line``: (middle, levels per unit) instead of the sampled one."""
     from sah_transformers.kernels.approximate import levels
 
     x = Rows(scores, budget)
@@ -90,7 +90,7 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
     masses = torch.zeros(2, x.heads, x.chunks, device=DEVICE)
     base = peaks.clamp(min=-1e30)[..., None]
     masses[0] = (x.scores.view(x.heads, x.chunks, CHUNK) - base).exp().sum(-1)
-    lines, limits = torch.full((2, rows), float("nan"), device=DEVICE), empty(1)
+    lines, limits = torch.full((3, rows), float("nan"), device=DEVICE), empty(1)
     kinds = {"H": x.heads, "G": 1 if softmax else x.heads, "Q": 1, "CAUSAL": True, "MASKED": False, "SOFTMAX": softmax}
     kinds["LOGARITHMIC"] = softmax or logarithmic
     numbers = (x.keys, 1, x.stride // 16, x.chunks)
@@ -99,9 +99,9 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
         **kinds, CHUNKS=1 << (x.chunks - 1).bit_length(), SAMPLES=128, HEADS=x.heads if softmax else 1, BINS=bins,
     )  # fmt: skip
     assert bool(lines.isfinite().all())
-    assert bool((lines[1] > 0).all())
+    assert bool((lines[1:] > 0).all())
     if line is not None:
-        lines[0], lines[1] = line
+        lines[0], lines[1:] = line
     levels.level_kernel[(x.chunks, rows)](
         x.scores, ranking, limits, stats, lines, x.levels, x.histogram, *numbers, *x.bands,
         **kinds, CHUNK=CHUNK, BINS=bins,

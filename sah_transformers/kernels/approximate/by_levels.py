@@ -92,7 +92,7 @@ def attend_by_levels(work: Work) -> None:
         {
             "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
             "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
-            "lines": (2 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
+            "lines": (3 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
             "levels": (work.selections * n.stride, U8), "histogram": (work.selections * n.chunks * n.counted, I32),
             "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
             "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
