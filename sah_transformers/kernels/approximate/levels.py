@@ -7,8 +7,8 @@ holds half a percent of the keys, its *edge*, which is cut by the scores themsel
 makes the edge long, which costs time and nothing else.
 
 ``LOGARITHMIC`` (`methods.LOGARITHMIC`, and a group's summed softmax): the line is laid through integer forms, as a
-bracket resolves a 512th of what the sample spans, and bent where the sample has the cut. SOCKET's edges at 131,072 keys,
-simulated: 365 to 1,600 keys (straight 430 to 2,050; through the values up to 127,000), summed 325 to 1,150.
+bracket resolves a 512th of what the sample spans, and bent where the sample has the cut. Simulated edges of SOCKET at
+131,072 keys: 364 to 1,585 keys (straight 432 to 2,052; through the values up to 127,000), summed 316 to 1,177.
 """
 
 import triton

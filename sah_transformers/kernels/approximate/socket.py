@@ -1,14 +1,22 @@
 """SOCKET: per table the probability of a key's bucket, a product of look-ups in tables made once per row.
 
-A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities: no more than
-16 numbers for four bits, one per bank, so that a look-up of a warp takes one turn of the load unit. ``summed``, where
-``2**K <= FULL``, has one table of all buckets per hash table instead, the heads summed: one look-up for all of them.
+A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities, those of two
+heads side by side: 16 pairs for four bits fill one line, and a pair is looked up at once. ``summed`` over the heads of
+many keys, buckets of up to 12 bits are looked up as a whole instead: a program puts all 4,096 probabilities of a hash
+table, the heads summed, into shared memory, the outer product of two pieces.
 
-L=60, K=12: 96 bytes read per key and KV head, 4 written per query head; per key, table and KV head 34 instructions,
-12 of them look-ups. 118 MB are 39 us, the look-ups 106 us of the load units, the instructions 82 us: **105 to 125
-us**, above the 95 of a trial; what could be less is the number of look-ups (5 + 5 bits and a choice among four: 71 us
-of look-ups, 95 of instructions). ``summed``: 8 instructions per key and table, one look-up among 4,096 numbers (8
-turns): 70 us, **75 to 85 us**. The tables take 4 to 6 us.
+Measured before, L=60, K=12, H=32, G=8, 131,072 keys, H100: 187 us with a look-up per head and piece, summed 391 us with
+all buckets in global memory (and 64 for their tables). Both are 1.6 turns of the load unit per line that a warp touches,
+12.5 and 28 per 32 keys, hash table and KV head. Expected now, counted in sm_90 code, not measured:
+
+- 12.5 turns (six look-ups of 8 bytes, each in one line, and the words) and 28 instructions (before: 34) are 106 and 59
+  us: **106 to 120 us**. Other cuts of the bits are no better: 5 + 5 bits and a choice among four are eight look-ups of
+  4 bytes, 13 turns and 36 instructions; 16 bytes at once, for all heads, fill a line with three bits: 16 turns; tables
+  of 6 bits meet in banks: 16 turns.
+- summed: 3.5 turns for a look-up (among 4,096 numbers in 32 banks), 3 for making the table, used by 4,096 keys, 0.5 for
+  words; 12 instructions: 59 and 25 us, and two barriers per hash table: **60 to 85 us**. A program needs 60 hash tables
+  one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
+- tables: 3 to 5 us, before 11: a probability is computed by one thread instead of all 32 (840 instructions, not 4,000).
 
 A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
 warp reads 128 bytes in a row, and does not touch 23 lines.
@@ -35,7 +43,7 @@ from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes, pack, snap
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(1024, 1, 8), Tile(512, 1, 8), Tile(1024, 1, 4), Tile(2048, 1, 16))
-WHOLE_TILES = (Tile(4096, 1, 16), Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(2048, 1, 8), Tile(2048, 1, 16))
+WHOLE_TILES = (Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(4096, 1, 16), Tile(2048, 1, 8), Tile(2048, 1, 16))
 PIECE = 4
 MOST_HEADS = 8
 """Rows of a program: their sums stay in registers."""
@@ -343,7 +351,7 @@ def look_buckets_up(
 ):  # fmt: skip
     """Sums over tables and heads. All buckets of a table, the heads summed, lie in shared memory at a time."""
     o_e = tl.arange(0, 2 ** (PLANES - 2))[:, None]  # four buckets with the same upper piece
-    o_low, o_high = o_e * 4 % 2**BITS + tl.arange(0, 4)[None, :], o_e >> (BITS - 2)
+    o_low, o_high = (o_e % 2 ** (BITS - 2)) * 4 + tl.arange(0, 4)[None, :], o_e >> (BITS - 2)
     b_s = tl.zeros([BN], tl.float32)
     for i_l in tl.range(0, L, RUN):
         b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
