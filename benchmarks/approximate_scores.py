@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sah_transformers.bench.timing import compare
+from sah_transformers.kernels.approximate import methods
 from sah_transformers.kernels.approximate.launch import Levels, Scoring, Tile
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.maskers import MaskerRegistry
@@ -154,7 +155,7 @@ def replay_us(function: Callable[[], None]) -> float:
 def rest_us(case: Case, summed: bool) -> tuple[float, float]:
     """(look-up, append of one key) in microseconds, each as ten in a row."""
     given, launch = case.given, Direct()
-    call = call_of(case, case.module.TILES[0], summed, "peaks", None)
+    call = call_of(case, tiles_of(case, summed)[0], summed, "peaks", None)
     scratch = scratch_of(case, call, given)
     start = torch.tensor([case.k.shape[2] - 1], device="cuda")
     k, v = case.k[:, :, -1:].clone(), case.v[:, :, -1:].clone()
@@ -203,11 +204,16 @@ def level_us(case: Case, summed: bool, chunk: int, warps: int, truth: torch.Tens
     return replay_us(run) / len(case.sides)
 
 
+def tiles_of(case: Case, summed: bool) -> tuple[Tile, ...]:
+    """The cuts of the score kernel."""
+    return methods.tiles_of(case.module, call_of(case, case.module.TILES[0], summed, "peaks", None), case.given)
+
+
 def report(case: Case, label: str, summed: bool) -> None:
     truth = truth_of(case, summed)
     best: tuple[float, str] | None = None
     print(f"{label}{' summed' if summed else ''}: ", end="")
-    for tile in case.module.TILES:
+    for tile in tiles_of(case, summed):
         try:
             check(case, tile, summed, truth)
             times = [score_us(case, tile, summed, tally, truth) for tally in ("peaks", "masses", "bins")]

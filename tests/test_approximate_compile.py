@@ -18,6 +18,7 @@ FORMS = {
     "peaks, masked": {"masses": False, "bins": 0, "masked": True, "dtype": torch.float16},
     "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
     "summed": {"summed": True, "masses": False},
+    "summed, few keys": {"summed": True, "masses": False, "K": 1024},
 }
 USUAL = ("masses", "peaks, masked", "summed")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
@@ -52,6 +53,7 @@ def launches(
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
     from sah_transformers.kernels.approximate.launch import Levels, Scoring
+    from sah_transformers.kernels.approximate.methods import tiles_of
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
     recorded = []
@@ -63,15 +65,16 @@ def launches(
         def __call__(self, kernel, grid, *args, warps=4, **constants):
             recorded.append(Launch(kernel, args, constants, warps, {}))
 
-    tile = tile or module.TILES[0]
     side, given = side_of(name, module, B, H, G, K, D, apart)
     call = Scoring(
-        tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, -(-K // tile.span) * tile.span,
+        tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, 0,
         tensor(B, Q, K, dtype=torch.bool), (Q * K, K, 1), tensor(1, dtype=torch.int32), tensor(1), tensor(1),
         tensor(1, dtype=torch.int32), tensor(1), tensor(1, dtype=torch.int32), tensor(1), 0.1, (128, 0, 128, 0),
         True, masked, masses, bins, summed,
     )  # fmt: skip
     assert module.why_not(given, D) == ""
+    tile = tile or tiles_of(module, call, given)[0]
+    call = call.long(-(-K // tile.span) * tile.span)
     scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)

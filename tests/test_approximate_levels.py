@@ -58,7 +58,8 @@ class Rows:
         from sah_transformers.kernels.approximate import levels
 
         rows, edges = len(self.levels), ranking is not None
-        cuts, offsets, counts = empty(5, rows), empty(2, rows, self.chunks), empty(rows)
+        self.cuts = cuts = empty(5, rows)
+        offsets, counts = empty(2, rows, self.chunks), empty(rows)
         lists, limits = empty(rows, self.wide), empty(1)
         most = 1 << (self.chunks - 1).bit_length()
         levels.level_cut_kernel[(rows,)](
@@ -76,8 +77,8 @@ class Rows:
         return [row[:n].tolist() for row, n in zip(lists, counts.tolist(), strict=True)]
 
 
-def by_scores(scores, budget, line=None, width=64, softmax=False, bins=16):
-    """(lists, the slow cut's lists) by numbers; ``line``: (begin, levels per unit) instead of the sampled one."""
+def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=False):
+    """(rows with levels, numbers that rank); ``line``: (middle, levels per unit) instead of the sampled one."""
     from sah_transformers.kernels.approximate import levels
 
     x = Rows(scores, budget)
@@ -89,21 +90,28 @@ def by_scores(scores, budget, line=None, width=64, softmax=False, bins=16):
     masses = torch.zeros(2, x.heads, x.chunks, device=DEVICE)
     base = peaks.clamp(min=-1e30)[..., None]
     masses[0] = (x.scores.view(x.heads, x.chunks, CHUNK) - base).exp().sum(-1)
-    lines, limits = torch.full((2, rows), float("nan"), device=DEVICE), empty(1)
+    lines, limits = torch.full((3, rows), float("nan"), device=DEVICE), empty(1)
     kinds = {"H": x.heads, "G": 1 if softmax else x.heads, "Q": 1, "CAUSAL": True, "MASKED": False, "SOFTMAX": softmax}
+    kinds["LOGARITHMIC"] = softmax or logarithmic
     numbers = (x.keys, 1, x.stride // 16, x.chunks)
     levels.line_kernel[(rows,)](
         x.scores, limits, peaks, masses, stats, lines, *numbers, *x.bands, *x.size,
         **kinds, CHUNKS=1 << (x.chunks - 1).bit_length(), SAMPLES=128, HEADS=x.heads if softmax else 1, BINS=bins,
     )  # fmt: skip
     assert bool(lines.isfinite().all())
-    assert bool((lines[1] > 0).all())
+    assert bool((lines[1:] > 0).all())
     if line is not None:
-        lines[0], lines[1] = line
+        lines[0], lines[1:] = line
     levels.level_kernel[(x.chunks, rows)](
         x.scores, ranking, limits, stats, lines, x.levels, x.histogram, *numbers, *x.bands,
         **kinds, CHUNK=CHUNK, BINS=bins,
     )  # fmt: skip
+    return x, ranking
+
+
+def by_scores(scores, budget, line=None, width=64, softmax=False, **options):
+    """(lists, the slow cut's lists) by numbers."""
+    x, ranking = levelled(scores, budget, line, softmax, **options)
     values = ranking[:, : x.keys]
     visible = (scores > float("-inf")) | (scores != scores)
     visible = visible.all(0, keepdim=True) if softmax else visible
@@ -146,6 +154,27 @@ DATA = {
 @pytest.mark.parametrize("data", DATA)
 def test_numbers(data, budget):
     assert same(*by_scores(DATA[data](), budget))
+
+
+@kernel_test
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("data", DATA)
+def test_logarithmic(data, budget):
+    """Exact of any numbers, negative ones too."""
+    assert same(*by_scores(DATA[data](), budget, logarithmic=True))
+    assert same(*by_scores(DATA[data]().abs(), budget, logarithmic=True))
+
+
+@kernel_test
+def test_skewed_scores_have_short_edges():
+    """Where a line through the values has nearly all keys in one level."""
+    scores = (normal(1, 4000) * 6).exp()
+    edges = []
+    for logarithmic in (False, True):
+        x, ranking = levelled(scores, 200, logarithmic=logarithmic)
+        x.listed(ranking, 4096)
+        edges.append(int(x.cuts[4]))
+    assert edges[1] < 200 < 3000 < edges[0]
 
 
 @kernel_test

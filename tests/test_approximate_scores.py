@@ -300,6 +300,17 @@ def test_hash_tables_of_any_size(planes, tables, summed):
 
 
 @kernel_test
+@pytest.mark.parametrize("tile", [(64, 2, 1), (256, 1, 4)])
+@pytest.mark.parametrize(("planes", "tables"), [(4, 5), (5, 60), (7, 6), (11, 3), (12, 8)])
+def test_buckets_looked_up_as_a_whole(planes, tables, tile, monkeypatch):
+    """As many keys of all KV heads make worth while."""
+    monkeypatch.setattr(module_of("socket"), "WHOLE_KEYS", 1)
+    for shape in ({}, SHAPES["MQA of 7"], SHAPES["MHA"], SHAPES["5 queries, 7 heads"]):
+        case = Case({**CONFIGS["socket"], "K": planes, "L": tables, "gqa": "group"}, **shape)
+        check(case, tile=tile, summed=True, masses=False)
+
+
+@kernel_test
 @pytest.mark.parametrize("name", CONFIGS)
 def test_words_of_keys_may_lie_apart(name):
     check(Case(CONFIGS[name], K=150, apart=True), exact=name == "hash_attention")

@@ -15,7 +15,7 @@ from sah_transformers.kernels.approximate.levels import (
     level_list_kernel,
     line_kernel,
 )
-from sah_transformers.kernels.approximate.methods import method_of
+from sah_transformers.kernels.approximate.methods import LOGARITHMIC, method_of, tiles_of
 from sah_transformers.kernels.decode.kernel import power_of_2, see
 from sah_transformers.selections import Estimated
 
@@ -77,13 +77,13 @@ def attend_by_levels(work: Work) -> None:
     x, selection = work.x, work.selection
     assert isinstance(selection, Estimated)
     method = method_of(selection.estimate)
-    tile: Tile = method.TILES[0]
     grouped = selection.group and selection.reduce == "softmax"
     scoring = Scoring(
         q=x.q, k=x.k, keys=work.keys, stride=0, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
         histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
         masked=work.plan.sight["MASKED"], masses_too=grouped, bins=0, summed=selection.group and not grouped,
     )  # fmt: skip
+    tile = tiles_of(method, scoring, work.given)[0]
     n = sizes_of(work, method.levels(scoring, work.given), tile)
     scoring = scoring.long(n.stride)
     own = method.scratch(scoring, work.side, work.given)
@@ -91,7 +91,7 @@ def attend_by_levels(work: Work) -> None:
     s = work.scratch(lambda: {
         "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
         "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
-        "lines": (2 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
+        "lines": (3 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
         "levels": (work.selections * n.stride, U8), "histogram": (work.selections * n.chunks * n.counted, I32),
         "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
         "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
@@ -105,17 +105,20 @@ def attend_by_levels(work: Work) -> None:
         method.level(work.launch, scoring, work.side, work.given, of_method, cut)
     else:
         method.score(work.launch, scoring, work.side, work.given, of_method, tile)
-        level_scores(work, n, s, tile, grouped, scoring.summed)
+        level_scores(work, n, s, tile, scoring, selection.estimate in LOGARITHMIC)
     list_best(work, n, s, s["ranking" if grouped else "scores"])
     work.gather(s, mask, look, None, s["lists"], n.wide(work.keys), 1)
 
 
-def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, grouped: bool, summed: bool) -> None:
-    """Levels of stored scores, on a line through a bracket of the cut."""
+def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: Scoring, skewed: bool) -> None:
+    """Levels of stored scores, on a line through a bracket of the cut; ``skewed``: of `methods.LOGARITHMIC`."""
     plan, t = work.plan, work.tuning
     numbers = (work.keys, work.batch, n.stride // 16)
     more = max(1, min(2, plan.keys // 2**17))
-    kinds = {**work.sighted, "H": work.groups if summed else work.heads, "SOFTMAX": grouped}
+    kinds = {
+        **work.sighted, "H": work.groups if scoring.summed else work.heads,
+        "SOFTMAX": scoring.masses_too, "LOGARITHMIC": scoring.masses_too or skewed,
+    }  # fmt: skip
     work.launch(
         line_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
         s["lines"], *numbers, n.pieces, *work.bands, *work.size,

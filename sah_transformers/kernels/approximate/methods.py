@@ -2,7 +2,8 @@
 
 A method is a module with the same constant and functions:
 
-- ``TILES``: the cuts of its score kernel into programs, best first.
+- ``TILES``: the cuts of its score kernel into programs, best first; ``tiles(call, given)``, if there is one, says
+  which these are where they depend on the call.
 - ``why_not(given, dim)``: what of ``Masker.given`` its kernels do not cover, or "".
 - ``scratch(call, side, given)``: ``{name: (size, dtype)}`` of the arrays that ``look_up`` fills.
 - ``look_up(launch, call, side, given, scratch)``: what depends on the query alone, once per call.
@@ -23,14 +24,25 @@ GHz, instructions counted in the sm_90 code of the variant with masses.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sah_transformers.kernels.approximate.launch import Scoring, Tile
 
 METHODS = {
     name: f"sah_transformers.kernels.approximate.{name}"
     for name in ("exact", "hash_attention", "double_sparsity", "pq_cache", "socket")
 }
 
+LOGARITHMIC = frozenset({"socket"})
+"""Whose scores are positive and skewed: a line through a bracket of the cut is laid through integer forms."""
+
 
 def method_of(estimate: str) -> Any:
     """The module of an estimate that ``METHODS`` names."""
     return import_module(METHODS[estimate])
+
+
+def tiles_of(method: Any, call: Scoring, given: Any) -> tuple[Tile, ...]:
+    """The cuts of a method's score kernel for a call, best first."""
+    return method.tiles(call, given) if hasattr(method, "tiles") else method.TILES

@@ -1,14 +1,22 @@
 """SOCKET: per table the probability of a key's bucket, a product of look-ups in tables made once per row.
 
-A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities: no more than
-16 numbers for four bits, one per bank, so that a look-up of a warp takes one turn of the load unit. ``summed``, where
-``2**K <= FULL``, has one table of all buckets per hash table instead, the heads summed: one look-up for all of them.
+A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities, those of two
+heads side by side: 16 pairs for four bits fill one line, and a pair is looked up at once. ``summed`` over the heads of
+many keys, buckets of up to 12 bits are looked up as a whole instead: a program puts all 4,096 probabilities of a hash
+table, the heads summed, into shared memory, the outer product of two pieces.
 
-L=60, K=12: 96 bytes read per key and KV head, 4 written per query head; per key, table and KV head 34 instructions,
-12 of them look-ups. 118 MB are 39 us, the look-ups 106 us of the load units, the instructions 82 us: **105 to 125
-us**, above the 95 of a trial; what could be less is the number of look-ups (5 + 5 bits and a choice among four: 71 us
-of look-ups, 95 of instructions). ``summed``: 8 instructions per key and table, one look-up among 4,096 numbers (8
-turns): 70 us, **75 to 85 us**. The tables take 4 to 6 us.
+Measured before, L=60, K=12, H=32, G=8, 131,072 keys, H100: 187 us with a look-up per head and piece, summed 391 us with
+all buckets in global memory (and 64 for their tables). Both are 1.6 turns of the load unit per line that a warp touches,
+12.5 and 28 per 32 keys, hash table and KV head. Expected now, counted in sm_90 code, not measured:
+
+- 12.5 turns (six look-ups of 8 bytes, each in one line, and the words) and 28 instructions (before: 34) are 106 and 59
+  us: **106 to 120 us**. Other cuts of the bits are no better: 5 + 5 bits and a choice among four are eight look-ups of
+  4 bytes, 13 turns and 36 instructions; 16 bytes at once, for all heads, fill a line with three bits: 16 turns; tables
+  of 6 bits meet in banks: 16 turns.
+- summed: 3.5 turns for a look-up (among 4,096 numbers in 32 banks), 3 for making the table, used by 4,096 keys, 0.5 for
+  words; 12 instructions: 59 and 25 us, and two barriers per hash table: **60 to 85 us**. A program needs 60 hash tables
+  one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
+- tables: 3 to 5 us, before 11: a probability is computed by one thread instead of all 32 (840 instructions, not 4,000).
 
 A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
 warp reads 128 bytes in a row, and does not touch 23 lines.
@@ -35,10 +43,13 @@ from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes, pack, snap
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(1024, 1, 8), Tile(512, 1, 8), Tile(1024, 1, 4), Tile(2048, 1, 16))
+WHOLE_TILES = (Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(4096, 1, 16), Tile(2048, 1, 8), Tile(2048, 1, 16))
 PIECE = 4
-FULL = 2**12
 MOST_HEADS = 8
 """Rows of a program: their sums stay in registers."""
+WHOLE_PLANES = (4, 12)
+WHOLE_KEYS = 2**19
+"""From how many keys of all KV heads on, rounded up to a power of two, tables of whole buckets pay."""
 
 
 @dataclass(frozen=True)
@@ -60,53 +71,81 @@ def why_not(given: Given, dim: int) -> str:
     return ""
 
 
-def cut(call: Scoring, given: Given) -> tuple[bool, int, int]:
-    """(whether one table serves all heads, bits of a piece, pieces)."""
-    planes = given.planes.shape[1]
-    if call.summed and 2**planes <= FULL:
-        return True, planes, 1
-    pieces = -(-planes // PIECE)
-    return False, -(-planes // pieces), pieces
+@dataclass(frozen=True)
+class Cut:
+    """How look-ups are made.
+
+    Attributes:
+        whole: whether buckets are looked up as a whole, the heads summed.
+        bits, pieces: of the tables that are made once per row; heads: of a KV head, at_once: of a program.
+    """
+
+    whole: bool
+    bits: int
+    pieces: int
+    heads: int
+    at_once: int
+
+    @property
+    def room(self) -> int:
+        """Numbers of a hash table for ``at_once`` heads."""
+        return self.pieces * 2**self.bits * (self.at_once if self.whole else 2 * -(-self.at_once // 2))
+
+
+def cut(call: Scoring, given: Given) -> Cut:
+    planes, heads = given.planes.shape[1], call.q.shape[1] // call.groups
+    fewest, most = WHOLE_PLANES
+    many = call.q.shape[0] * call.groups * power_of_2(call.keys) >= WHOLE_KEYS  # the same for all calls of a plan
+    whole = call.summed and fewest <= planes <= most and many
+    pieces = 2 if whole else -(-planes // PIECE)
+    at_once = heads if call.summed else max(n for n in range(1, min(MOST_HEADS, heads) + 1) if heads % n == 0)
+    return Cut(whole, -(-planes // pieces), pieces, heads, at_once)
+
+
+def tiles(call: Scoring, given: Given) -> tuple[Tile, ...]:
+    return WHOLE_TILES if cut(call, given).whole else TILES
 
 
 def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[str, tuple[int, torch.dtype]]:
-    full, bits, pieces = cut(call, given)
-    rows = call.q.shape[0] * call.groups * call.q.shape[2] if full else call.rows
-    return {"table": (rows * given.planes.shape[0] * pieces * 2**bits, torch.float32)}
+    c = cut(call, given)
+    owners = call.q.shape[0] * call.groups * call.q.shape[2] * (c.heads // c.at_once)
+    tables, planes, _ = given.planes.shape
+    return {
+        "table": (owners * tables * c.room, torch.float32),
+        "chances": (call.q.shape[:3].numel() * tables * planes * 2, torch.float64),
+    }
 
 
 def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any]) -> None:
-    """Probabilities of pieces of buckets, float32 ``[R, L, pieces, 2**bits]``, or of buckets, ``[B*G*Q, L, 2**K]``."""
-    full, bits, pieces = cut(call, given)
-    batch, heads, rows, dim = call.q.shape
+    """Probabilities of pieces of buckets, float32 ``[B * G * Q, heads // at_once, L, pieces, at_once, 2**bits]``.
+
+    Unless buckets are looked up as a whole, those of two heads lie side by side: ``[..., at_once / 2, 2**bits, 2]``.
+    """
+    c = cut(call, given)
+    _, heads, rows, dim = call.q.shape
     tables, planes, _ = given.planes.shape
-    shape = {"H": heads, "G": call.groups, "Q": rows, "L": tables, "K": planes, "D": dim, "BD": power_of_2(dim)}
-    kernel, grid = (buckets_kernel, (tables, batch * call.groups * rows, 1)) if full else (
-        pieces_kernel, (tables, call.rows, 1)
-    )  # fmt: skip
-    cuts = {"LOW": planes // 2} if full else {"BITS": bits, "PIECES": pieces}
     launch(
-        kernel, grid, launch.address(call.q), launch.address(given.planes), s["table"], *call.q.stride()[:3],
-        2.0 / given.tau, **shape, **cuts, warps=4 if full else 1,
+        pieces_kernel, (tables, call.q.shape[:3].numel(), 1), launch.address(call.q), launch.address(given.planes),
+        s["chances"], s["table"], *call.q.stride()[:3], 2.0 / given.tau,
+        H=heads, G=call.groups, Q=rows, L=tables, K=planes, D=dim, BD=power_of_2(dim), BK=power_of_2(planes),
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole, warps=1,
     )  # fmt: skip
 
 
 def score(
     launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], tile: Tile
 ) -> None:
-    full, bits, pieces = cut(call, given)
+    c = cut(call, given)
     tables, planes, _ = given.planes.shape
     words, norm = side["buckets"], side["norm"]
     unit = unit_of(words, norm)
-    heads = 1 if full else call.q.shape[1] // call.groups
-    at_once = heads if call.summed else max(n for n in range(1, min(MOST_HEADS, heads) + 1) if heads % n == 0)
     launch(
         bucket_score_kernel,
-        (call.stride // tile.span, call.q.shape[0] * call.groups, call.q.shape[2] * (heads // at_once)),
+        (call.stride // tile.span, call.q.shape[0] * call.groups, call.q.shape[2] * (c.heads // c.at_once)),
         launch.address(words), launch.address(norm), s["table"], *call.arrays(), *call.numbers(tile),
         *steps(words, unit), words.stride(3), *steps(norm, unit),
         **call.shape(), L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run_of(tables, planes),
-        BITS=bits, PIECES=pieces, HEADS=heads, AT_ONCE=at_once, SUM=call.summed,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, WHOLE=c.whole, SUM=call.summed,
         STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
 
@@ -201,68 +240,49 @@ def bucket_kernel(
             tl.store(norm + i_b * sn_b + i_g * sn_g + i_key * sn_n, tl.sqrt(tl.sum(b_v * b_v)).to(tl.float32))
 
 
-@triton.jit
-def chance(b_q, p_planes, i_p, o_d, sharpness, D: tl.constexpr):
-    """(probability that the query falls on the + side of plane ``i_p``, that of the other): float64."""
-    b_w = tl.load(p_planes + i_p * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-    projected = tl.minimum(tl.maximum(tl.sum(b_w * b_q), -20.0), 20.0)  # beyond, tanh is 1 in float64
-    grown = tl.exp(2.0 * projected)
-    logit = (grown - 1.0) / (grown + 1.0) * sharpness
-    other = 1.0 / (1.0 + tl.exp(logit))
-    return 1.0 / (1.0 + tl.exp(-logit)), other
-
-
-@triton.jit
-def corners(b_q, p_planes, FIRST: tl.constexpr, BITS: tl.constexpr, o_d, sharpness, D: tl.constexpr):
-    """Probabilities ``[2**BITS]`` of the corners of ``BITS`` planes from ``FIRST`` on; bit p of a corner for + in p."""
-    o_e = tl.arange(0, 2**BITS)
-    b_p = tl.full([2**BITS], 1.0, tl.float64)
-    for i_p in tl.static_range(BITS):
-        plus, minus = chance(b_q, p_planes, FIRST + i_p, o_d, sharpness, D)
-        b_p = b_p * tl.where((o_e >> i_p) & 1 != 0, plus, minus)
-    return b_p
-
-
 @triton.jit(do_not_specialize=["sharpness"])
 def pieces_kernel(
-    q, planes, table, sq_b, sq_h, sq_q, sharpness,
+    q, planes, chances, table, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, CHAINED: tl.constexpr = False,
+    BD: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr,
+    ROOM: tl.constexpr, PAIRED: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
-    """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table."""
+    """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table.
+
+    ``chances [R, L, K, 2]`` are the probabilities that the query falls on the - and + side of each plane: float64.
+    """
     follow(CHAINED)
     i_l, i_r = tl.program_id(0), tl.program_id(1)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
-    o_d = tl.arange(0, BD)
+    o_d, o_k = tl.arange(0, BD), tl.arange(0, BK)
+    m_k = o_k < K
     b_q = tl.load(q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-    p_planes = planes + i_l * (K * D)
-    p_table = table + (i_r.to(tl.int64) * L + i_l) * (PIECES * 2**BITS)
+    p_planes = planes + (i_l * K + o_k[:, None]) * D + o_d[None, :]
+    b_w = tl.load(p_planes, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float64)
+    p_chance = chances + (i_r.to(tl.int64) * L + i_l) * (2 * K)
+    tl.store(p_chance + o_k, tl.sum(b_w * b_q[None, :], 1), mask=m_k)
+    tl.debug_barrier()
+    b_x = tl.load(p_chance + o_k, mask=m_k, other=0.0)  # each in one thread, as it was in all
+    tl.debug_barrier()
+    grown = tl.exp(2.0 * tl.minimum(tl.maximum(b_x, -20.0), 20.0))  # beyond, tanh is 1 in float64
+    logit = (grown - 1.0) / (grown + 1.0) * sharpness
+    tl.store(p_chance + 2 * o_k, 1.0 / (1.0 + tl.exp(logit)), mask=m_k)
+    tl.store(p_chance + 2 * o_k + 1, 1.0 / (1.0 + tl.exp(-logit)), mask=m_k)
+    tl.debug_barrier()
+    o_e = tl.arange(0, 2**BITS)
+    i_own = i_h % (H // G)  # of the heads of its KV head
+    i_owner = ((i_b * G + i_h // (H // G)) * Q + i_q) * (H // G // AT_ONCE) + i_own // AT_ONCE
+    i_one = i_own % AT_ONCE
+    p_table = table + (i_owner.to(tl.int64) * L + i_l) * ROOM
     for i in tl.static_range(PIECES):
-        b_p = corners(b_q, p_planes, i * BITS, min(BITS, K - i * BITS), o_d, sharpness, D)
-        tl.store(p_table + i * 2**BITS + tl.arange(0, 2 ** min(BITS, K - i * BITS)), b_p.to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["sharpness"])
-def buckets_kernel(
-    q, planes, table, sq_b, sq_h, sq_q, sharpness,
-    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, LOW: tl.constexpr, CHAINED: tl.constexpr = False,
-):  # fmt: skip
-    """All buckets of one hash table for one KV head and query, the heads summed."""
-    follow(CHAINED)
-    i_l, i_e = tl.program_id(0), tl.program_id(1)
-    i_b, i_g, i_q = i_e // (G * Q), i_e // Q % G, i_e % Q
-    o_d = tl.arange(0, BD)
-    p_planes = planes + i_l * (K * D)
-    b_sum = tl.zeros([2 ** (K - LOW), 2**LOW], tl.float32)
-    for i in tl.range(0, H // G):
-        p_q = q + i_b.to(tl.int64) * sq_b + (i_g * (H // G) + i) * sq_h + i_q * sq_q
-        b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-        b_low = corners(b_q, p_planes, 0, LOW, o_d, sharpness, D).to(tl.float32)
-        b_high = corners(b_q, p_planes, LOW, K - LOW, o_d, sharpness, D).to(tl.float32)
-        b_sum += b_high[:, None] * b_low[None, :]
-    o_e = tl.arange(0, 2 ** (K - LOW))[:, None] * 2**LOW + tl.arange(0, 2**LOW)[None, :]
-    tl.store(table + (i_e.to(tl.int64) * L + i_l) * 2**K + o_e, b_sum)
+        b_p = tl.full([2**BITS], 1.0, tl.float64)
+        for i_p in tl.static_range(min(BITS, K - i * BITS)):
+            b_p = b_p * tl.load(p_chance + 2 * (i * BITS + i_p) + (o_e >> i_p & 1))
+        if PAIRED:
+            o_out = (i * ((AT_ONCE + 1) // 2) + i_one // 2) * 2 ** (BITS + 1) + 2 * o_e + i_one % 2
+        else:
+            o_out = (i * AT_ONCE + i_one) * 2**BITS + o_e
+        tl.store(p_table + o_out, b_p.to(tl.float32), mask=o_e < 2 ** min(BITS, K - i * BITS))
 
 
 @triton.jit
@@ -277,6 +297,75 @@ def more(tensors, b_x):
     return tensors + (b_x,)  # noqa: RUF005 (Triton does not unpack)
 
 
+@triton.jit
+def buckets_of(p_key, m_k, i_l, sw_w, PLANES: tl.constexpr, WORDS: tl.constexpr):
+    """The bits of keys from table ``i_l`` on: uint64."""
+    begin = i_l * PLANES
+    i_w = begin // 32
+    b_bits = tl.load(p_key + i_w * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    b_more = tl.load(p_key + tl.minimum(i_w + 1, WORDS - 1) * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True)
+    return (b_bits | (b_more.to(tl.uint64) << 32)) >> (begin % 32)
+
+
+@triton.jit
+def look_pieces_up(
+    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sums over tables of each head: a tuple of ``AT_ONCE``. One look-up brings a piece of two heads."""
+    PAIRS: tl.constexpr = (AT_ONCE + 1) // 2
+    p_pairs = p_table.to(tl.pointer_type(tl.int64))
+    sums = none()
+    for _ in tl.static_range(2 * PAIRS):
+        sums = more(sums, tl.zeros([BN], tl.float32))
+    for i_l in tl.range(0, L, RUN):
+        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
+        for i_run in tl.static_range(RUN):
+            places = none()
+            for i_p in tl.static_range(PIECES):
+                b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.uint32)
+                b_e = b_e & (2 ** min(BITS, PLANES - i_p * BITS) - 1)
+                places = more(places, p_pairs + (i_run * PIECES + i_p) * (PAIRS * 2**BITS) + b_e)
+            grown = none()
+            for i_pair in tl.static_range(PAIRS):
+                b_one, b_two = two_of(tl.load(places[0] + i_pair * 2**BITS))
+                for i_p in tl.static_range(1, PIECES):
+                    b_p, b_r = two_of(tl.load(places[i_p] + i_pair * 2**BITS))
+                    b_one, b_two = b_one * b_p, b_two * b_r
+                grown = more(more(grown, sums[2 * i_pair] + b_one), sums[2 * i_pair + 1] + b_two)
+            sums = grown
+        p_pairs += RUN * PIECES * PAIRS * 2**BITS
+    return sums
+
+
+@triton.jit
+def two_of(b_x):
+    """The float32 numbers in the lower and upper halves of int64."""
+    return b_x.to(tl.int32).to(tl.float32, bitcast=True), (b_x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def look_buckets_up(
+    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+    BITS: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sums over tables and heads. All buckets of a table, the heads summed, lie in shared memory at a time."""
+    o_e = tl.arange(0, 2 ** (PLANES - 2))[:, None]  # four buckets with the same upper piece
+    o_low, o_high = (o_e % 2 ** (BITS - 2)) * 4 + tl.arange(0, 4)[None, :], o_e >> (BITS - 2)
+    b_s = tl.zeros([BN], tl.float32)
+    for i_l in tl.range(0, L, RUN):
+        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
+        for i_run in tl.static_range(RUN):
+            b_sum = tl.zeros([2 ** (PLANES - 2), 4], tl.float32)
+            for i_h in tl.static_range(AT_ONCE):
+                b_low = tl.load(p_table + i_h * 2**BITS + o_low)
+                b_sum += b_low * tl.load(p_table + (AT_ONCE + i_h) * 2**BITS + o_high)
+            b_e = (b_bits >> (i_run * PLANES)).to(tl.int32) & (2**PLANES - 1)
+            b_s += tl.gather(tl.reshape(b_sum, [2**PLANES]), b_e, 0)
+            p_table += 2 * AT_ONCE * 2**BITS
+    return b_s
+
+
 @triton.jit(
     do_not_specialize=[
         "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sw_b", "sw_g",
@@ -288,11 +377,11 @@ def bucket_score_kernel(
     K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sw_b, sw_g, sw_w, sn_b, sn_g,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
-    RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
-    SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
+    RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
+    WHOLE: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
 ):  # fmt: skip
-    """One KV head and query, ``AT_ONCE`` of ``HEADS`` tables' owners, ``COUNT * BN`` keys.
+    """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys.
 
     A thread has all heads of its keys, so that a bucket is cut out of the words once; ``RUN`` tables share two words.
     """
@@ -301,10 +390,10 @@ def bucket_score_kernel(
     i_b, i_g, i_q, i_first = i_bg // G, i_bg % G, i_o % Q, i_o // Q * AT_ONCE
     ROWS: tl.constexpr = 1 if SUM else AT_ONCE
     IN_GROUP: tl.constexpr = Q if SUM else H // G * Q
-    TABLE: tl.constexpr = PIECES * 2**BITS
+    OWNERS: tl.constexpr = H // G // AT_ONCE
     p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
     p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
-    p_table = table + ((i_bg * HEADS + i_first) * Q + i_q).to(tl.int64) * (L * TABLE)
+    p_table = table + ((i_bg * Q + i_q) * OWNERS + i_o // Q).to(tl.int64) * (L * ROOM)
     R = B * G * IN_GROUP
     tallies = none()
     for i_h in tl.static_range(ROWS):
@@ -314,34 +403,15 @@ def bucket_score_kernel(
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
         m_k = o_k < end_of(K, UNIT)
         p_key = p_words + o_k.to(tl.int64) * STEP
-        sums = none()
-        for _ in tl.static_range(AT_ONCE):
-            sums = more(sums, tl.zeros([BN], tl.float32))
-        for i_l in tl.range(0, L, RUN):
-            begin = i_l * PLANES
-            i_w = begin // 32
-            b_bits = tl.load(p_key + i_w * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-            b_more = tl.load(p_key + tl.minimum(i_w + 1, WORDS - 1) * sw_w, mask=m_k, other=0)
-            b_bits = (b_bits | (b_more.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)) >> (begin % 32)
-            for i_run in tl.static_range(RUN):
-                pieces = none()
-                for i_p in tl.static_range(PIECES):
-                    b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.int32)
-                    b_e = b_e & (2 ** min(BITS, PLANES - i_p * BITS) - 1)
-                    p_e = p_table + (i_l + i_run) * TABLE + b_e + i_p * 2**BITS
-                    pieces = more(pieces, p_e)
-                grown = none()
-                for i_h in tl.static_range(AT_ONCE):
-                    b_p = tl.load(pieces[0] + i_h * (Q * L * TABLE))
-                    for i_p in tl.static_range(1, PIECES):
-                        b_p = b_p * tl.load(pieces[i_p] + i_h * (Q * L * TABLE))
-                    grown = more(grown, sums[i_h] + b_p)
-                sums = grown
+        if WHOLE:
+            sums = more(none(), look_buckets_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, AT_ONCE, BN))
+        else:
+            sums = look_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         b_norm = tl.load(p_norm + o_k.to(tl.int64) * NORM_STEP, mask=m_k, other=0.0)
         kept = none()
         for i_h in tl.static_range(ROWS):
             b_s = sums[i_h]
-            if SUM:
+            if SUM and not WHOLE:
                 for i in tl.static_range(1, AT_ONCE):
                     b_s = b_s + sums[i]
             b_s = (b_s * b_norm)[None, :]
