@@ -1,18 +1,18 @@
 """SOCKET: per table the probability of a key's bucket, a product of look-ups in tables made once per row.
 
 A bucket's K bits are cut into pieces of at most ``PIECE`` bits, each with a table of its probabilities, those of two
-heads side by side: 16 pairs for four bits fill one line, and a pair is looked up at once. ``summed`` over the heads of
-many keys, buckets of up to 12 bits are looked up as a whole instead: a program puts all 4,096 probabilities of a hash
-table, the heads summed, into shared memory, the outer product of two pieces.
+heads side by side: 16 pairs for four bits fill the 32 banks of shared memory, and a pair is looked up at once.
+``summed`` over the heads of many keys, buckets of up to 12 bits are looked up as a whole instead: a program puts all
+4,096 probabilities of a hash table, the heads summed, into shared memory, the outer product of two pieces.
 
-Measured before, L=60, K=12, H=32, G=8, 131,072 keys, H100: 187 us with a look-up per head and piece, summed 391 us with
-all buckets in global memory (and 64 for their tables). Both are 1.6 turns of the load unit per line that a warp touches,
-12.5 and 28 per 32 keys, hash table and KV head. Expected now, counted in sm_90 code, not measured:
+Measured before, L=60, K=12, H=32, G=8, 131,072 keys, H100: 187 us with a look-up per head and piece in global memory,
+summed 391 us with all buckets there (and 64 for their tables). Both are 1.6 turns of the load unit per line that a warp
+touches, 12.5 and 28 per 32 keys, hash table and KV head. Expected now, counted in sm_90 code, not measured:
 
-- 12.5 turns (six look-ups of 8 bytes, each in one line, and the words) and 28 instructions (before: 34) are 106 and 59
-  us: **106 to 120 us**. Other cuts of the bits are no better: 5 + 5 bits and a choice among four are eight look-ups of
-  4 bytes, 13 turns and 36 instructions; 16 bytes at once, for all heads, fill a line with three bits: 16 turns; tables
-  of 6 bits meet in banks: 16 turns.
+- 12 turns for six look-ups of 8 bytes, 1.5 for words and tables, 24 instructions (before: 34): 114 and 51 us, **115
+  to 130 us**. The same look-ups in global memory are 12.5 turns if a line costs no more than its data, else up to 20.
+  Other cuts of the bits are no better: 5 + 5 bits and a choice among four are 10 turns and 41 instructions, both 85
+  us; 16 bytes at once, for all heads, fill the banks with three bits: 16 turns; tables of 6 bits meet in banks: 16.
 - summed: 3.5 turns for a look-up (among 4,096 numbers in 32 banks), 3 for making the table, used by 4,096 keys, 0.5 for
   words; 12 instructions: 59 and 25 us, and two barriers per hash table: **60 to 85 us**. A program needs 60 hash tables
   one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
@@ -312,30 +312,59 @@ def look_pieces_up(
     p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
     BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Sums over tables of each head: a tuple of ``AT_ONCE``. One look-up brings a piece of two heads."""
+    """Sums over tables of each head: a tuple of ``AT_ONCE`` and up to three more.
+
+    The pieces of four heads lie in shared memory at a time; one look-up brings a piece of two heads.
+    """
+    SIZE: tl.constexpr = 2**BITS
     PAIRS: tl.constexpr = (AT_ONCE + 1) // 2
+    o = tl.arange(0, 8 * SIZE)  # of up to four pieces the numbers of two pairs
+    i_piece, i_two = o // (2 * SIZE), o // SIZE % 2
     p_pairs = p_table.to(tl.pointer_type(tl.int64))
     sums = none()
-    for _ in tl.static_range(2 * PAIRS):
+    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
         sums = more(sums, tl.zeros([BN], tl.float32))
     for i_l in tl.range(0, L, RUN):
         b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
         for i_run in tl.static_range(RUN):
             places = none()
-            for i_p in tl.static_range(PIECES):
-                b_e = (b_bits >> (i_run * PLANES + i_p * BITS)).to(tl.uint32)
-                b_e = b_e & (2 ** min(BITS, PLANES - i_p * BITS) - 1)
-                places = more(places, p_pairs + (i_run * PIECES + i_p) * (PAIRS * 2**BITS) + b_e)
+            for i_p in tl.static_range(4):  # what is not looked at is not looked up
+                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
+                places = more(places, b_e + i_p * 2 * SIZE)
+            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
+            b_place = tl.reshape(tl.join(b_place, b_place + SIZE), [8 * BN])
             grown = none()
-            for i_pair in tl.static_range(PAIRS):
-                b_one, b_two = two_of(tl.load(places[0] + i_pair * 2**BITS))
-                for i_p in tl.static_range(1, PIECES):
-                    b_p, b_r = two_of(tl.load(places[i_p] + i_pair * 2**BITS))
-                    b_one, b_two = b_one * b_p, b_two * b_r
+            for i_pair in tl.static_range(0, PAIRS, 2):
+                p_o = p_pairs + (i_piece * PAIRS + i_pair + i_two) * SIZE + o % SIZE
+                b_t = tl.load(p_o, mask=(i_piece < PIECES) & (i_pair + i_two < PAIRS), other=0)
+                b_x, b_y = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2, 2]))
+                b_one, b_two = product_of(b_x, PIECES)
                 grown = more(more(grown, sums[2 * i_pair] + b_one), sums[2 * i_pair + 1] + b_two)
+                b_one, b_two = product_of(b_y, PIECES)
+                grown = more(more(grown, sums[2 * i_pair + 2] + b_one), sums[2 * i_pair + 3] + b_two)
             sums = grown
-        p_pairs += RUN * PIECES * PAIRS * 2**BITS
+            p_pairs += PIECES * PAIRS * SIZE
     return sums
+
+
+@triton.jit
+def piece_of(b_bits, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
+    """Up to ``BITS`` bits of buckets from ``FIRST`` on: int32."""
+    return (b_bits >> FIRST).to(tl.int32) & (2 ** min(BITS, PLANES - FIRST) - 1)
+
+
+@triton.jit
+def product_of(b_x, PIECES: tl.constexpr):
+    """The products over pieces ``[BN, 2, 2]`` of both heads."""
+    b_first, b_second = tl.split(b_x)
+    b_0, b_1 = tl.split(b_first)
+    b_2, b_3 = tl.split(b_second)
+    pieces = (b_0, b_1, b_2, b_3)
+    b_one, b_two = two_of(b_0)
+    for i in tl.static_range(1, PIECES):
+        b_p, b_r = two_of(pieces[i])
+        b_one, b_two = b_one * b_p, b_two * b_r
+    return b_one, b_two
 
 
 @triton.jit
