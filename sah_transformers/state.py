@@ -306,7 +306,7 @@ class LayerState:
                     if prepared is not self._prepared.get(config):
                         made[config], have = prepared, 0  # what was kept so far was made without it
                     part = context.but(side=prepared.side())
-            if not in_place(masker, keys, values, have, self._side.get(config), self.padded, part):
+            if not in_place(masker, keys, values, have, self.padded, part):
                 part = part.but(positions=positions[:, have:])
                 data = masker.append(keys[:, :, have:], values[:, :, have:], part)
                 check_side(masker, data, keys, keys.shape[2] - have, heads, self._side.get(config))
@@ -326,15 +326,19 @@ class LayerState:
         """Put the side data of the keys from ``have`` on into their buffers."""
         buffers, pages, total = self._side.setdefault(masker.config, {}), masker.pages(), keys.shape[2]
         if data is None:
+            prepared = self._prepared.get(masker.config)
+            part = context if prepared is None else context.but(side=prepared.side())
             for name, (size, fold) in pages.items():
                 if name not in buffers:
                     buffers[name] = PageBuffer(keys, size, fold, self.capacity)
+            if not buffers:
+                shapes = masker.append(keys[:, :, :0], values[:, :, :0], part.but(positions=positions[:, :0]))
+                for name, tensor in shapes.items():
+                    buffers[name] = SideBuffer(tensor, name in masker.apart, max(self.capacity, total))
             for buffer in buffers.values():
                 if isinstance(buffer, SideBuffer):
                     buffer.crop(have)
                 buffer.reserve(total)
-            prepared = self._prepared.get(masker.config)
-            part = context if prepared is None else context.but(side=prepared.side())
             known = positions if self.padded else None
             if append_in_place(masker, {n: b.storage for n, b in buffers.items()}, keys, values, have, known, part):
                 for buffer in buffers.values():

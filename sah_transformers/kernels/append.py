@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _unbuildable: set[tuple[type, torch.device]] = set()
 
 FEW_KEYS = 16
@@ -32,14 +35,13 @@ def in_place(
     keys: torch.Tensor,
     values: torch.Tensor,
     have: int,
-    buffers: dict[str, Any] | None,
     padded: bool,
     context: Context,
 ) -> bool:
     """Whether ``append_in_place`` writes ``masker``'s side data of the keys from ``have`` on.
 
     Args:
-        keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``; buffers: what is kept of earlier keys, or None.
+        keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``.
         padded: some keys are no real tokens; context: ``side`` holds what was prepared.
     """
     if context.kernel == "reference" or not runs_kernels(keys):
@@ -49,7 +51,7 @@ def in_place(
     selection = masker.described
     if isinstance(selection, Pages):
         return keys.shape[3] <= 256 and (not padded or keys.shape[2] - have <= FEW_KEYS)
-    if not isinstance(selection, Estimated) or selection.estimate not in METHODS or not buffers:
+    if not isinstance(selection, Estimated) or selection.estimate not in METHODS:
         return False
     if keys.dtype not in DTYPES or values.stride(3) != 1 or max(keys.shape[3], values.shape[3]) > 256:
         return False
@@ -61,7 +63,7 @@ def from_device(
     masker: Masker, keys: torch.Tensor, values: torch.Tensor, buffers: dict[str, Any], context: Context
 ) -> bool:
     """Whether ``append_from_device`` writes ``masker``'s side data of a key of ``keys [B, G, K, D]``."""
-    return in_place(masker, keys, values, keys.shape[2] - 1, buffers, True, context)
+    return bool(buffers) and in_place(masker, keys, values, keys.shape[2] - 1, True, context)
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -83,15 +85,28 @@ def append_in_place(
     Args:
         buffers: storages ``[B, heads, >= K or pages, ...]``; positions: int64 ``[B, K]``, None where all are real.
     """
-    try:
+
+    def run() -> bool:
         _write(masker, buffers, keys, values, (have, keys.shape[2]), positions, context)
+        return True
+
+    return attempt(masker, keys, context, run) or False
+
+
+def attempt(masker: Masker, keys: torch.Tensor, context: Context, run: Callable[[], T]) -> T | None:
+    """What ``run``, which launches kernels for ``masker``, returns; None where ``context`` wants none, or ``"auto"``
+    finds that they cannot be built here: the log says so once."""
+    if context.kernel == "reference" or not runs_kernels(keys) or (type(masker), keys.device) in _unbuildable:
+        return None
+    try:
+        with on_device(keys):
+            return run()
     except Exception as error:
         if context.kernel != "auto" or not cannot_be_built(error):
             raise
         logger.warning("side data of %s are written by PyTorch: %s", type(masker).__name__, error)
         _unbuildable.add((type(masker), keys.device))
-        return False
-    return True
+        return None
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sah_transformers.budget import check_number
+from sah_transformers.kernels.append import attempt
 from sah_transformers.maskers.registry import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import Context, dot
@@ -134,16 +135,31 @@ class PQCache(TopKMasker):
             data["radius"] = keys.new_zeros(batch, groups, parts, dtype=torch.float64)
         missing = ready & ~ctx.side["ready"] if "ready" in ctx.side else ready
         for b in missing.nonzero().flatten().tolist():
-            points = split(keys[b][:, fitted[b]], parts)
-            step = step_of(points)
-            points = snap(points, step)
+            chosen = keys[b][:, fitted[b]]  # [G, n, D]
+            step = step_of(split(chosen.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(1, keepdim=True), parts))
             if "radius" in data:
+                points = snap(split(chosen, parts), step)
                 data["radius"][b] = points.square().sum(-1).amax(-1)
-                points = augment(points, data["radius"][b])
-            centroids = k_means(points, count, self.config.kmeans_iter)
+                centroids = k_means(augment(points, data["radius"][b]), count, self.config.kmeans_iter)
+            else:
+                centroids = self.fit(chosen, step, ctx)
             data["centroids"][b] = (centroids * step[..., None, None]).float()
             data["step"][b] = step.float()
         return data, ready
+
+    def fit(self, keys: torch.Tensor, step: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """Centroids ``[G, M, C, S]`` of ``keys [G, n, D]`` in whole numbers of ``step [G, M]``, by kernels where they
+        take them."""
+        count, iterations, parts = 2**self.config.pq_bits, self.config.kmeans_iter, step.shape[1]
+
+        def by_kernels() -> torch.Tensor | None:
+            from sah_transformers.kernels.approximate import k_means as kernels
+
+            width = keys.shape[2] // parts
+            return kernels.k_means(keys, step, count, iterations) if kernels.fits(keys, width) else None
+
+        centroids = attempt(self, keys, ctx, by_kernels)
+        return k_means(snap(split(keys, parts), step), count, iterations) if centroids is None else centroids
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Codes of new keys; zeros while there is no codebook."""
@@ -189,7 +205,7 @@ def power_above(numbers: torch.Tensor) -> torch.Tensor:
 
 def step_of(points: torch.Tensor) -> torch.Tensor:
     """The power of two ``[..., M]`` that brings the numbers of ``points [..., M, n, S]`` below ``GRID``."""
-    return power_above(points.abs().amax((-1, -2))).clamp(2.0**-100, 2.0**100) / GRID
+    return power_above(points.abs().amax((-1, -2))).clamp(2.0**-100, 2.0**127) / GRID
 
 
 def snap(points: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -210,22 +226,22 @@ def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
     Both hold whole numbers in float64, so that distances are exact.
     """
-    squares = centroids.square().sum(-1)[..., None, :]
-    return (squares - 2 * (points @ centroids.transpose(-1, -2))).argmin(-1)
+    distances = points @ (-2 * centroids).transpose(-1, -2)
+    return distances.add_(centroids.square().sum(-1)[..., None, :]).argmin(-1)
 
 
 def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
     """``count`` centroids ``[..., count, S]`` of ``points [..., n, S]``, whole numbers in float64."""
     n = points.shape[-2]
-    every = torch.arange(count, device=points.device)
-    centroids = points[..., every * n // count, :]
+    centroids = points[..., torch.arange(count, device=points.device) * n // count, :]
+    first = torch.arange(0, centroids.shape[:-1].numel(), count, device=points.device).view(*points.shape[:-2], 1)
     for _ in range(iterations):
         sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
         for start, stop in blocks(n, centroids):
             part = points[..., start:stop, :]
-            member = (nearest(part, centroids)[..., None, :] == every[:, None]).double()  # [..., C, n]
-            sums += member @ part
-            sizes += member.sum(-1, keepdim=True)
+            cluster = (nearest(part, centroids) + first).flatten()
+            sums.view(-1, sums.shape[-1]).index_add_(0, cluster, part.flatten(0, -2))
+            sizes.view(-1).index_add_(0, cluster, sizes.new_ones(()).expand(len(cluster)))
         centroids = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).round(), centroids)
     return centroids
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
+from sah_transformers.kernels.approximate.k_means import codes_of, even, fits, power_above
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
@@ -22,10 +23,9 @@ from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
-from sah_transformers.maskers.pq_cache import GRID, REACH, augment, blocks, nearest, snap, split
+from sah_transformers.maskers.pq_cache import augment, blocks, nearest, snap, split
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(256, 1, 2), Tile(256, 2, 4), Tile(1024, 1, 8), Tile(256, 4, 4))
-assert REACH == 8 * GRID
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ def append(
     parts, count, width = given.centroids.shape[2:]
     if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
         keys, storage = keys[:, :, slice(*span)], storage[:, :, slice(*span)]
+        if given.radius is None and fits(keys, width) and not no_kernels(keys):
+            codes_of(keys, given.centroids, given.step, storage)
+            return
         step = given.step.double()
         centroids = given.centroids.double() / step[..., None, None]
         for begin, end in blocks(keys.shape[2], centroids):
@@ -113,19 +116,6 @@ def append(
         G=groups, M=parts, C=count, S=width, SUB=dim // parts, POINT=isinstance(span, torch.Tensor),
         BC=power_of_2(count), BS=power_of_2(dim // parts), warps=4,
     )  # fmt: skip
-
-
-@triton.jit
-def power_above(number):
-    """The power of two above a float64 >= 0, 1 for 0."""
-    exponent = (number.to(tl.int64, bitcast=True) >> 52) + 1
-    return tl.where(number > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
-
-
-@triton.jit
-def even(b_x):
-    """float64 below 2**51, rounded to whole numbers, to even."""
-    return (b_x + 6755399441055744.0) - 6755399441055744.0
 
 
 @triton.jit(do_not_specialize=["span", "n", "sk_b", "sk_g", "sk_n", "sc_b", "sc_g", "sc_n", "sc_m"])
