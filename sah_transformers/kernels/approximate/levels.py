@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import NO_CANDIDATE, best_of, rankable
-from sah_transformers.kernels.decode.bracket import count_bracket, row_totals, sample_position
+from sah_transformers.kernels.decode.bracket import both, count_bracket, row_totals, sample_position
 from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
@@ -181,6 +181,11 @@ def counts_of(histogram, i_e, chunks, o_c, BINS: tl.constexpr):
     return (b_n >> (o_l // 8 * 16)[None, :]) & 0xFFFF if BINS == 16 else b_n
 
 
+@triton.jit
+def least(one, two, three, other_one, other_two, other_three):
+    return tl.minimum(one, other_one), tl.minimum(two, other_two), tl.minimum(three, other_three)
+
+
 @triton.jit(do_not_specialize=["K", "B", "chunks", "first", "first_share", "last", "last_share", "size", "share"])
 def level_cut_kernel(
     histogram, limits, cuts, offsets, counts, K, B, chunks, first, first_share, last, last_share, size, share,
@@ -205,20 +210,25 @@ def level_cut_kernel(
     b_n = counts_of(histogram, i_e, chunks, o_c, BINS)
     b_level = tl.sum(b_n, 0)
     b_reach = tl.cumsum(b_level, 0, reverse=True)  # keys of this level and above
-    whole = tl.maximum(tl.min(tl.where(b_reach <= room, o_l, BINS)), 1)
-    above = tl.max(tl.where(b_reach <= room, b_reach, 0))
-    at = tl.max(tl.where(o_l == whole - 1, b_level, 0))
+    b_fits = b_reach <= room
+    whole, above, more = tl.reduce(
+        (tl.where(b_fits, o_l, BINS), tl.where(b_fits, -b_reach, 0), tl.where(b_fits, 0x7FFFFFFF, b_reach)), 0, least
+    )
+    whole, above = tl.maximum(whole, 1), -above
+    at = tl.where(more < 0x7FFFFFFF, more - above, 0)
     spare = tl.minimum(room - above, at)
     edge = tl.where(spare > 0, whole - 1, whole)
-    b_above = tl.sum(tl.where(o_l[None, :] >= whole, b_n, 0), 1)
-    b_edge = tl.sum(tl.where((o_l[None, :] >= edge) & (o_l[None, :] < whole), b_n, 0), 1)
-    b_before = tl.cumsum(b_edge, 0) - b_edge
+    b_above = tl.where(o_l[None, :] >= whole, b_n, 0)
+    b_edge = tl.where((o_l[None, :] >= edge) & (o_l[None, :] < whole), b_n, 0)
+    b_above, b_edge = tl.reduce((b_above, b_edge), 1, both)
+    b_before, b_same = tl.associative_scan((b_above, b_edge), 0, both)
+    b_before, b_same = b_before - b_above, b_same - b_edge
     if not EDGES:
-        b_before = tl.minimum(tl.maximum(spare - b_before, 0), b_edge)
-        b_above += b_before
+        b_before += tl.minimum(b_same, spare)
+        b_same = tl.minimum(tl.maximum(spare - b_same, 0), b_edge)
     o_out = i_e.to(tl.int64) * chunks + o_c
-    tl.store(offsets + o_out, tl.cumsum(b_above, 0) - b_above, mask=m_c)
-    tl.store(offsets + E.to(tl.int64) * chunks + o_out, b_before, mask=m_c)
+    tl.store(offsets + o_out, b_before, mask=m_c)
+    tl.store(offsets + E.to(tl.int64) * chunks + o_out, b_same, mask=m_c)
     tl.store(counts + i_e, above + spare)
     tl.store(cuts + i_e, whole)
     tl.store(cuts + E + i_e, edge)
@@ -317,12 +327,13 @@ def edge_kernel(
     E = tl.num_programs(0)
     above, room, at = tl.load(cuts + 2 * E + i_e), tl.load(cuts + 3 * E + i_e), tl.load(cuts + 4 * E + i_e)
     p_list = lists + i_e.to(tl.int64) * wide
-    p_edge, p_list = p_list + longest, p_list + above
     p_v = ranking + i_e.to(tl.int64) * (stride * 16)
+    o = tl.arange(0, WIDTH)
+    b_edge = tl.load(p_list + longest + o, mask=o < wide - longest, other=0)  # before it is known how many there are
+    p_edge, p_list = p_list + longest, p_list + above
     if (room > 0) & (at <= WIDTH):
-        b_k, b_i = edge_keys(p_edge, p_v, tl.arange(0, WIDTH), at)
-        m = best_of(b_i, room, at)
-        tl.store(p_list + tl.cumsum(m.to(tl.int32), 0) - 1, b_k, mask=m)
+        m = best_of(rankable(tl.load(p_v + b_edge, mask=o < at, other=0.0), o < at), room, at)
+        tl.store(p_list + tl.cumsum(m.to(tl.int32), 0) - 1, b_edge, mask=m)
     elif room > 0:
         cut, ties = long_cut(p_edge, p_v, at, room, BLOCK)
         taken, same = 0, 0
