@@ -15,7 +15,7 @@ KEYS = {
     "constant": lambda k: k[:, :1].expand_as(k).contiguous(),
     "zeros": torch.zeros_like,
     "whole": lambda k: k.round(),
-    "one key far away": lambda k: torch.where(torch.arange(k.shape[1])[:, None] == 7, 900 * k, k),
+    "one key far away": lambda k: torch.where(torch.arange(k.shape[1], device=k.device)[:, None] == 7, 900 * k, k),
     "largest": lambda k: k.sign() * min(torch.finfo(k.dtype).max, 1e38),
     "smallest": lambda k: k.sign() * torch.finfo(k.dtype).smallest_normal,
     "NaN and Inf": lambda k: torch.where(k > 1.5, math.nan, torch.where(k < -1.5, -math.inf, k)),

@@ -215,7 +215,8 @@ def test_large(name, dtype, factor):
         call = grouped((q * factor, k, v), [SINK, LOCAL, mass(0.9)], softcap=softcap)
         out, counts = kernel(call)
         _, mask = reference(call)
-        assert near(counts, mask)
+        share = shape[1] // shape[2]  # heads that select together
+        assert near(counts[:, ::share], mask[:, ::share])
         assert torch.equal(kernel(call)[0], out)
         assert close(call, out, mask, 0.005)
 

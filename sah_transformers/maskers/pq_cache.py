@@ -236,7 +236,7 @@ def k_means(points: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
     centroids = points[..., torch.arange(count, device=points.device) * n // count, :]
     first = torch.arange(0, centroids.shape[:-1].numel(), count, device=points.device).view(*points.shape[:-2], 1)
     for _ in range(iterations):
-        sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+        sums, sizes = centroids.new_zeros(centroids.shape), centroids.new_zeros(*centroids.shape[:-1], 1)
         for start, stop in blocks(n, centroids):
             part = points[..., start:stop, :]
             cluster = (nearest(part, centroids) + first).flatten()
