@@ -27,9 +27,8 @@ from sah_transformers.rows import dot
 from sah_transformers.selections import Estimated, Selection
 
 PAGES: dict[str, list[dict[str, Any]]] = {
-    "head": [{"chained": True}, {"select_warps": 16}],
+    "head": [{"select_warps": 16}],
     "group": [
-        {"chained": True},
         {"select_warps": 8, "select_scores": 2**14},
         {"select_warps": 16, "select_scores": 2**14},
         {"select_warps": 16, "select_scores": 2**15},
@@ -38,7 +37,6 @@ PAGES: dict[str, list[dict[str, Any]]] = {
 }
 KEYS: dict[str, list[dict[str, Any]]] = {
     "both": [
-        {"chained": True},
         {"level_bins": 64, "edge": 512, "edge_warps": 4},
         {"samples": 512},
         {"samples": 2048},

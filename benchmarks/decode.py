@@ -22,12 +22,11 @@ from sah_transformers.bench.timing import compare, stage_us
 from sah_transformers.kernels.decode import kernel
 from sah_transformers.maskers.top_k import TopKMaskerConfig
 
-CHAINED: dict[str, Any] = {"chained": True}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "best": [CHAINED, {"tiles": 1}, {"tiles": 4}, {"gather_programs": 1536}, {"threshold_warps": 4}, {"listed": 32}],
-    "group": [CHAINED, {"tiles": 1}, {"samples": 512}, {"gather_programs": 396}, {"histogram_warps": 8}],
-    "mass": [CHAINED, {"tiles": 1}, {"samples": 512}, {"stream_tile": 64}, {"histogram_warps": 8}],
-    "bands": [CHAINED, {"band_programs": 256}],
+    "best": [{"tiles": 1}, {"tiles": 4}, {"gather_programs": 1536}, {"threshold_warps": 4}, {"listed": 32}],
+    "group": [{"tiles": 1}, {"samples": 512}, {"gather_programs": 396}, {"histogram_warps": 8}],
+    "mass": [{"tiles": 1}, {"samples": 512}, {"stream_tile": 64}, {"histogram_warps": 8}],
+    "bands": [{"band_programs": 256}],
 }
 
 

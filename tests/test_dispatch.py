@@ -176,7 +176,7 @@ def test_launches_of_a_known_kind_are_not_looked_up_again(monkeypatch):
     launch(kernel, (1, 2, 3), keys, 5, D=8)
     assert (kernel.looked_up, kernel.launched) == (1, [])
     launch(kernel, (4, 1, 1), keys, 6, D=8)
-    assert kernel.launched == [(4, 1, 1, 7, "f", "m", None, None, None, keys.data_ptr(), 6, 8, None)]
+    assert kernel.launched == [(4, 1, 1, 7, "f", "m", None, None, None, keys.data_ptr(), 6, 8)]
     for n, of, dim in (
         (1, keys, 8),
         (16, keys, 8),

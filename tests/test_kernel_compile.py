@@ -216,8 +216,6 @@ def compiled(launch, architecture):
     function, given, options = launch.kernel, launch.constants, launch.options
     signature, constants, attributes = {}, {}, {}
     plain = set(function.do_not_specialize or ())
-    if "CHAINED" in function.arg_names:
-        given, options = {**given, "CHAINED": architecture >= 90}, {**options, "launch_pdl": architecture >= 90}
     for i, (name, value) in enumerate(zip(function.arg_names, (*launch.args, *given.values()), strict=True)):
         if name in given:
             signature[name], constants[(i,)] = "constexpr", value

@@ -28,12 +28,6 @@ def _too_old(device: torch.device) -> str:
     return ""
 
 
-@cache
-def can_chain(device: torch.device) -> bool:
-    """Whether kernels can be launched while the one before still runs."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, where kernels are launched."""
     if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:

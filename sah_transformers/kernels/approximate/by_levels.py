@@ -77,7 +77,7 @@ def attend_by_levels(work: Work) -> None:
     x, selection = work.x, work.selection
     assert isinstance(selection, Estimated)
     method = method_of(selection.estimate)
-    grouped = selection.group and selection.reduce == "softmax"
+    grouped, skewed = selection.group and selection.reduce == "softmax", selection.estimate in LOGARITHMIC
     scoring = Scoring(
         q=x.q, k=x.k, keys=work.keys, stride=0, mask=None, look=(0, 0, 0), limits=None, lines=None, scores=None,
         histogram=None, peaks=None, aboves=None, masses=None, scaling=x.scaling, bands=work.bands, causal=x.causal,
@@ -105,8 +105,8 @@ def attend_by_levels(work: Work) -> None:
         method.level(work.launch, scoring, work.side, work.given, of_method, cut)
     else:
         method.score(work.launch, scoring, work.side, work.given, of_method, tile)
-        level_scores(work, n, s, tile, scoring, selection.estimate in LOGARITHMIC)
-    list_best(work, n, s, s["ranking" if grouped else "scores"])
+        level_scores(work, n, s, tile, scoring, skewed)
+    list_best(work, n, s, s["ranking" if grouped else "scores"], skewed)
     work.gather(s, mask, look, None, s["lists"], n.wide(work.keys), 1)
 
 
@@ -132,8 +132,8 @@ def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: S
     )  # fmt: skip
 
 
-def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any) -> None:
-    """The level of the cut, and lists of what is above and of its best keys."""
+def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any, skewed: bool) -> None:
+    """The level of the cut, and lists of what is above and of its best keys; ``skewed`` scores have longer edges."""
     plan, t = work.plan, work.tuning
     wide, most_chunks = n.wide(work.keys), power_of_2(-(-plan.keys // n.chunk))
     work.launch(
@@ -148,7 +148,7 @@ def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any) -> None:
         EDGES=not n.whole, CHUNK=n.chunk, warps=min(16, t.list_warps * n.at_once),
     )  # fmt: skip
     if not n.whole:
-        more = max(1, min(4, plan.keys // 2**18))
+        more = max(2 if skewed else 1, min(4, plan.keys // 2**18))
         work.launch(
             edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], n.stride // 16, wide, n.longest,
             WIDTH=t.edge * more, BLOCK=t.edge_block, warps=min(16, t.edge_warps * more),

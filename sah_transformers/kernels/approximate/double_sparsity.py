@@ -19,7 +19,6 @@ from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -189,10 +188,9 @@ def label_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
     LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``low sum(q) + step sum(q code)`` of a label."""
-    follow(CHAINED)
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     CODES: tl.constexpr = code.dtype.element_ty.primitive_bitwidth // 8 * (8 // BITS)  # of a word

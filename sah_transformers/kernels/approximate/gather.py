@@ -8,7 +8,6 @@ own.
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
 from sah_transformers.kernels.decode.values import weight_of
@@ -75,10 +74,8 @@ def gather_head_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
-    CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One row, one part of its units, ``UNITS`` at once; ``EVEN`` parts need not be whole ``UNITS``."""
-    follow(CHAINED)
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
@@ -150,10 +147,9 @@ def gather_group_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr = False,
+    BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, one part of its units: the group's heads share what is read."""
-    follow(CHAINED)
     i_s, i_e = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     i_bg, i_q = i_e // Q, i_e % Q

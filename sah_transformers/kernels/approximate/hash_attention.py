@@ -22,7 +22,6 @@ from sah_transformers.kernels.approximate.launch import MOST_ROWS, Levels, Scori
 from sah_transformers.kernels.approximate.levels import keep_levels
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
@@ -171,10 +170,8 @@ def hash_kernel(
     x, w0, b0, w1, b1, w2, b2, out, span, n, sx_b, sx_h, sx_n, so_b, so_h, so_n, so_w,
     HEADS: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BITS: tl.constexpr,
     POINT: tl.constexpr, BD: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, BB: tl.constexpr,
-    CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """Packed signs of vectors under one head's MLP, each of ``n`` programs every ``n``-th of the span."""
-    follow(CHAINED)
     i_h, i_bn = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
@@ -211,10 +208,9 @@ def hash_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, SETS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
     SUM: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: ``bits - 2 popcount(query's hash xor key's)``."""
-    follow(CHAINED)
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     HEADS: tl.constexpr = H // G if SUM else 1  # added up in a row
@@ -257,10 +253,9 @@ def hash_level_kernel(
     K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sh_b, sh_s, sh_w,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     SETS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr,
-    UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, CHAINED: tl.constexpr = False,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """One selection row, one chunk of keys: levels of the candidates, and how many of them each level has."""
-    follow(CHAINED)
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     HEADS: tl.constexpr = H // G if SUM else 1  # added up
     ROWS: tl.constexpr = H // HEADS * Q

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import NO_CANDIDATE, best_of, rankable
 from sah_transformers.kernels.decode.bracket import both, count_bracket, row_totals, sample_position
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
 
@@ -95,10 +94,9 @@ def line_kernel(
     first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
-    BINS: tl.constexpr, CHAINED: tl.constexpr = False,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """``lines [3, E]`` of a selection row: the middle of the bracket of its cut, levels per unit below it and above."""
-    follow(CHAINED)
     i_e = tl.program_id(0)
     low, middle, high, good = sampled_bracket(
         scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size,
@@ -120,11 +118,9 @@ def level_kernel(
     first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One selection row, one chunk of keys: their levels, and how many keys each level has. A group's summed
     ``SOFTMAX`` is written to ``ranking [E, stride]``, else this is ``scores``."""
-    follow(CHAINED)
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = B * G * Q if SOFTMAX else R
@@ -190,7 +186,7 @@ def least(one, two, three, other_one, other_two, other_three):
 def level_cut_kernel(
     histogram, limits, cuts, offsets, counts, K, B, chunks, first, first_share, last, last_share, size, share,
     Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, CHAINED: tl.constexpr = False,
+    ROWS: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """One of the selection rows, ``ROWS`` of a sequence.
 
@@ -199,7 +195,6 @@ def level_cut_kernel(
     keys before each chunk and, with ``EDGES``, keys of the edge before it, else how many of the cut's level it takes.
     ``counts [E]``.
     """
-    follow(CHAINED)
     i_e = tl.program_id(0)
     E = B * ROWS
     i_q, i_b = i_e % Q, i_e // ROWS
@@ -248,7 +243,7 @@ def at_least(b_x, level):
 @triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
 def level_list_kernel(
     levels, cuts, offsets, lists, stride, chunks, wide, longest,
-    EDGES: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr = False,
+    EDGES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
     without the cut's level, whose keys go behind ``longest``.
@@ -256,7 +251,6 @@ def level_list_kernel(
     Eight levels at once: ``b_count`` and ``b_sums`` hold in each byte keys above, and in its upper half keys of the
     cut's level.
     """
-    follow(CHAINED)
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     E = tl.num_programs(1)
     p_levels = (levels + i_e.to(tl.int64) * (stride * 16)).to(tl.pointer_type(tl.uint64))
@@ -319,10 +313,9 @@ def long_cut(p_edge, p_v, at, room, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["stride", "wide", "longest"])
 def edge_kernel(
     ranking, cuts, lists, stride, wide, longest,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr = False,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One selection row: the best keys of its edge, the lower position first among equals, behind those listed."""
-    follow(CHAINED)
     i_e = tl.program_id(0)
     E = tl.num_programs(0)
     above, room, at = tl.load(cuts + 2 * E + i_e), tl.load(cuts + 3 * E + i_e), tl.load(cuts + 4 * E + i_e)

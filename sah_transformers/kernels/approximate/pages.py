@@ -5,7 +5,6 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import best_of, rankable
 from sah_transformers.kernels.approximate.rows import bits_set
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 
 
@@ -18,13 +17,12 @@ def counted(count, bits, other_count, other_bits):
 def page_score_kernel(
     q, low, high, scores, P, capacity, stride, sq_b, sq_h, sq_q,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CHAINED: tl.constexpr = False,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, ``BN`` pages: the bounds ``sum_d max(q_d low_d, q_d high_d)``, ``[R, stride]``.
 
     Pages without real tokens (``low > high``) count as zeros.
     """
-    follow(CHAINED)
     i_c, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < H // G * Q
@@ -48,9 +46,8 @@ def page_score_kernel(
 
 
 @triton.jit(do_not_specialize=["K", "tokens", "sp_b"])
-def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr, CHAINED: tl.constexpr = False):
+def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr):
     """Where each real token lies: ``slots [B, tokens]`` from ``positions [B, K]``; the rest stays as it is."""
-    follow(CHAINED)
     i_b = tl.program_id(1).to(tl.int64)
     o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_p = tl.load(positions + i_b * sp_b + o_k, mask=o_k < K, other=-1)
@@ -61,10 +58,8 @@ def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr, CHAINED
 def flags_kernel(
     mask, limits, slots, flags, K, B, P, tokens, sm_b, sm_q, sm_k,
     Q: tl.constexpr, CAUSAL: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
-    CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """One row of a mask, ``BN`` pages: ``flags [B*Q, P]``, 1 if the row sees a key of the page, + 2 if a candidate."""
-    follow(CHAINED)
     i = tl.program_id(1)
     i_b, i_q = (i // Q).to(tl.int64), i % Q
     o_p = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -97,14 +92,13 @@ def select_pages_kernel(
     scores, limits, flags, lists, counts, K, B, P, stride, scaling,
     first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, CHAINED: tl.constexpr = False,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pages of one selection row, ascending: ``lists [E, stride]``, ``counts [E]``; ``stride`` is a multiple of 16.
 
     ``ceil(budget / PAGE)`` pages of those that hold a candidate, the row's own first, then the highest bounds (of a
     ``GROUP``: the highest sums of the heads' softmax over the pages they see but the own), the lower of equal ones.
     """
-    follow(CHAINED)
     i_e = tl.program_id(0)
     E = B * G * Q if GROUP else B * H * Q
     i_q, i_b = i_e % Q, i_e // (E // B)

@@ -193,7 +193,7 @@ def attend_rows(
     if POISON:
         out.fill_(float("nan"))
     tuning = tuning_of(x.q.element_size(), max(plan.dims["BD"], plan.wide["BDV"]))
-    work = Work(x, selection, side, given, positions, plan, tuning, Launcher(plan, x.q.device, tuning.chained), out)
+    work = Work(x, selection, side, given, positions, plan, tuning, Launcher(plan, x.q.device), out)
     try:
         (attend_pages if isinstance(selection, Pages) else attend_by_levels)(work)
     except Exception:

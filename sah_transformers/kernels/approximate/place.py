@@ -35,8 +35,8 @@ class Direct:
             return
         compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
-            values = (*constants.values(), *[None] * (len(kernel.arg_names) - len(args) - len(constants)))
-            _compiled[kind] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+            known = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
+            _compiled[kind] = known
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}

@@ -19,7 +19,6 @@ from sah_transformers.kernels.approximate.k_means import codes_of, even, fits, p
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -164,10 +163,9 @@ def code_kernel(
 def table_kernel(
     q, centroids, table, sq_b, sq_h, sq_q, scaling,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, CHAINED: tl.constexpr = False,
+    SUB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One row and sub-vector, in float64 as the masker."""
-    follow(CHAINED)
     i_r, i_m = tl.program_id(0), tl.program_id(1)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     o_c = tl.arange(0, BC)
@@ -194,13 +192,12 @@ def code_score_kernel(
     scaling, sc_b, sc_g, sc_w,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
-    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, ``COUNT * BN`` keys: the sum of the table's entries at a key's codes.
 
     A sequence without codebooks has ``scaling * q.k`` instead, a channel at a time: it is short.
     """
-    follow(CHAINED)
     i_c, i_bg = tl.program_id(0), tl.program_id(1)
     i_b, i_g = i_bg // G, i_bg % G
     EACH: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 8

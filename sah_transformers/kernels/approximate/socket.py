@@ -36,7 +36,6 @@ from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -245,13 +244,12 @@ def pieces_kernel(
     q, planes, chances, table, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr,
-    ROOM: tl.constexpr, PAIRED: tl.constexpr, CHAINED: tl.constexpr = False,
+    ROOM: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table.
 
     ``chances [R, L, K, 2]`` are the probabilities that the query falls on the - and + side of each plane: float64.
     """
-    follow(CHAINED)
     i_l, i_r = tl.program_id(0), tl.program_id(1)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     o_d, o_k = tl.arange(0, BD), tl.arange(0, BK)
@@ -408,13 +406,12 @@ def bucket_score_kernel(
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
     WHOLE: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr = False,
+    BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys.
 
     A thread has all heads of its keys, so that a bucket is cut out of the words once; ``RUN`` tables share two words.
     """
-    follow(CHAINED)
     i_c, i_bg, i_o = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_g, i_q, i_first = i_bg // G, i_bg % G, i_o % Q, i_o // Q * AT_ONCE
     ROWS: tl.constexpr = 1 if SUM else AT_ONCE

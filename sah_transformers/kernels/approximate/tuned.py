@@ -24,14 +24,13 @@ class Tuning:
             1,024 keys of a chunk, of 2**13 counts.
         edge, edge_block, edge_warps: keys of an edge that are cut in registers, keys at once of a longer one; the
             program's warps.
-        chained: whether kernels are launched while the one before still runs, where the device can.
     """
 
     score_pages: int = 64
     score_warps: int = 4
     select_warps: int = 8
     group_select_warps: int = 16
-    select_scores: int = 2**14
+    select_scores: int = 2**15
     flag_pages: int = 128
     head_keys: int = 32
     head_warps: int = 1
@@ -49,11 +48,10 @@ class Tuning:
     level_bins: int = 16
     level_warps: int = 4
     list_warps: int = 4
-    level_cut_warps: int = 8
+    level_cut_warps: int = 4
     edge: int = 2048
     edge_block: int = 4096
     edge_warps: int = 8
-    chained: bool = False
 
 
 @cache

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
 from sah_transformers.kernels.decode.values import weight_of
@@ -32,10 +31,9 @@ def bands_kernel(
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CHAINED: tl.constexpr = False,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, one part of the keys that any of the rows' bands hold."""
-    follow(CHAINED)
     i_s, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
     i_b, i_g = i_bg // G, i_bg % G
@@ -101,10 +99,9 @@ def bands_kernel(
 def merge_kernel(
     sums, peaks, totals, sinks, out,
     splits, H: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, SINKS: tl.constexpr,
-    BS: tl.constexpr, CHAINED: tl.constexpr = False,
+    BS: tl.constexpr,
 ):  # fmt: skip
     """One row: its parts, each relative to a peak of its own, become the output."""
-    follow(CHAINED)
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q

@@ -7,7 +7,6 @@ exactness: the threshold stage sees that the counts do not fit and finds the cut
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.score import capped
 from sah_transformers.kernels.decode.values import numbers_below, order_of, pivots_above, wanted_mass
@@ -77,10 +76,8 @@ def sample_keys_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     SAMPLES: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, BINS: tl.constexpr,
-    CHAINED: tl.constexpr = False,
 ):  # fmt: skip
     """Bracket of a row's ``size``-th best score from the scores of sampled keys; one program per row."""
-    follow(CHAINED)
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     n, first_end, last_start = limits_of(
@@ -185,10 +182,9 @@ def sample_scores_kernel(
     K, B, stride, chunks, top_p, first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASS: tl.constexpr, TOTAL: tl.constexpr, CHUNKS: tl.constexpr, HEADS: tl.constexpr, SAMPLES: tl.constexpr,
-    BINS: tl.constexpr, CHAINED: tl.constexpr = False,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Bracket of a selection row from stored scores: of one head by mass, or of a group by summed softmax."""
-    follow(CHAINED)
     i_e = tl.program_id(0)
     R = B * H * Q
     E = R if MASS else B * G * Q

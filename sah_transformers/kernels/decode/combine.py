@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.values import fixed_mass, unit_of, weight_of
 
 
@@ -13,10 +12,9 @@ def combine_kernel(
     K, B, stride, splits, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, KIND: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, CHAINED: tl.constexpr = False,
+    BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks its listed keys (ties: lower position first), takes those it needs, in order of rank."""
-    follow(CHAINED)
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     i_bg = i_b * G + i_h // (H // G)

@@ -7,7 +7,6 @@ to the row's peak, which is known, so they only have to be added.
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.values import line_of, weight_of
 
 
@@ -56,10 +55,9 @@ def gather_kernel(
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, EITHER: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
-    BM: tl.constexpr, CHAINED: tl.constexpr = False,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """One row, ``per_split`` chunks of keys: compact what is taken, gather its values, add."""
-    follow(CHAINED)
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     PRECISE: tl.constexpr = values.dtype.element_ty == tl.float32
@@ -110,10 +108,9 @@ def gather_group_kernel(
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    HEADS: tl.constexpr, CHAINED: tl.constexpr = False,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """One query of one KV head, ``per_split`` chunks: the group's heads share the gathered values."""
-    follow(CHAINED)
     i_s, i_e = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     E = B * G * Q
@@ -159,10 +156,9 @@ def stream_kernel(
     K, B, stride, per_split, sv_b, sv_g, sv_k,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, LIST: tl.constexpr, EITHER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    MANY: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr = False,
+    MANY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of one KV head, ``per_split`` tiles of keys: read every value, weigh the taken ones."""
-    follow(CHAINED)
     i_s, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
     R = B * H * Q

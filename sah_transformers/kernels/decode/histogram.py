@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of
 from sah_transformers.kernels.decode.values import fixed_mass, line_of, unit_of, weight_of
 
@@ -14,7 +13,7 @@ def histogram_kernel(
     K, B, stride, chunks, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASS: tl.constexpr, BINS: tl.constexpr, FIXED: tl.constexpr, COUNT_BITS: tl.constexpr, CHUNK: tl.constexpr,
-    HEADS: tl.constexpr, CHAINED: tl.constexpr = False,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """One selection row and one chunk of keys.
 
@@ -22,7 +21,6 @@ def histogram_kernel(
     relative to the peak. Else the summed softmax of the group's heads is written to ``ranking [E, stride]`` first, and
     the heads' weights side by side to ``weights [E, stride, HEADS]``: values are gathered with one look-up per key.
     """
-    follow(CHAINED)
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = R if MASS else B * G * Q

@@ -19,7 +19,6 @@ from sah_transformers.kernels.decode.score import score_kernel
 from sah_transformers.kernels.decode.stack import Stack, bits_of, power_of_2
 from sah_transformers.kernels.decode.threshold import threshold_kernel
 from sah_transformers.kernels.decode.tuned import Tuning, tuning_of
-from sah_transformers.kernels.device import can_chain
 
 POISON = os.environ.get("SAH_POISON") == "1"
 """For tests: scratch and output are filled with NaN before use."""
@@ -169,10 +168,8 @@ class Scratch:
 class Launcher:
     """Launches kernels; from the second call of a plan on without Triton's look-up, which costs more than the rest."""
 
-    def __init__(self, plan: Plan, device: torch.device, chained: bool = False):
-        """``chained``: each kernel may begin while the one before still runs (`chain.follow`)."""
+    def __init__(self, plan: Plan, device: torch.device):
         self.plan, self.step = plan, 0
-        self.chained = chained and can_chain(device)
         self.ready = bool(plan.compiled)
         if self.ready:
             self.stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -196,9 +193,6 @@ class Launcher:
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
         options: dict[str, Any] = {} if cap is None else {"maxnreg": cap}
-        constants["CHAINED"] = self.chained
-        if self.chained:
-            options["launch_pdl"] = True
         compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **options)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
@@ -372,7 +366,7 @@ def decode_rows(x: Inputs) -> torch.Tensor:
     """``out [B, Q, H, Dv]`` of a checked call."""
     batch, heads, rows, _ = x.q.shape
     plan = plan_of(x)
-    launch = Launcher(plan, x.q.device, plan.tuning.chained)
+    launch = Launcher(plan, x.q.device)
     out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
     if POISON:
         out.fill_(float("nan"))

@@ -7,8 +7,6 @@ A budget travels as two integers: a number of keys, and the bits of a float64 sh
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
-
 
 @triton.jit
 def size_of(n, fixed, share):
@@ -52,13 +50,12 @@ def limits_of(
 @triton.jit(do_not_specialize=["K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"])
 def bounds_kernel(
     mask, limits, K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
-    Q: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr = False,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts and bands of one row of a boolean mask, into ``limits [5, B*Q]``: n, first_end, last_start, begin, end.
 
     A row that sees fewer than ``least`` keys takes all of them as "first".
     """
-    follow(CHAINED)
     i = tl.program_id(0).to(tl.int64)
     i_b, i_q = i // Q, i % Q
     reach = reach_of(i_q.to(tl.int32), K, Q, CAUSAL)

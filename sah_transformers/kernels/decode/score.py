@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 
 
@@ -131,7 +130,7 @@ def score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, CHAINED: tl.constexpr = False,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One KV head, ``BM`` of its rows, ``TILES * BN`` keys.
 
@@ -139,7 +138,6 @@ def score_kernel(
     counts the candidates above the bracket, ``aboves [R, chunks]``, and adds those inside to ``histogram``; with it,
     it sums ``exp(score - peak)`` of the candidates and of the bands, ``masses [2, R, chunks]``.
     """
-    follow(CHAINED)
     i_c, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_g = i_bg // G, i_bg % G
     o_m = i_m * BM + tl.arange(0, BM)

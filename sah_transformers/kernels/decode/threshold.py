@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.chain import follow
 from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import NEVER, line_of, sortable, unit_of, unsortable, wanted_mass
 
@@ -97,7 +96,7 @@ def threshold_kernel(
     K, B, stride, chunks, top_p, first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     KIND: tl.constexpr, TOTAL: tl.constexpr, BINS: tl.constexpr, FIXED: tl.constexpr, COUNT_BITS: tl.constexpr,
-    CHUNKS: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr = False,
+    CHUNKS: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One selection row (``KIND``: "best" of a head, best of a "group", "mass" of a head).
 
@@ -105,7 +104,6 @@ def threshold_kernel(
     the first keys, start of the last keys, last position of ties (-1: the boundary's keys are listed and cut later),
     keys kept (about); ``needs [E]``: keys or mass to take from the list.
     """
-    follow(CHAINED)
     i_e = tl.program_id(0)
     E = B * G * Q if KIND == "group" else B * H * Q
     i_q, i_b = i_e % Q, i_e // (E // B)

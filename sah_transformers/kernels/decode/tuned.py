@@ -20,7 +20,6 @@ class Tuning:
         stream_tile, stream_warps, stream_stages: keys per tile where all values are read.
         parts, combine_warps: partial sums added at once.
         band_tile, band_programs, band_warps: keys per tile and programs to aim for of the bands.
-        chained: whether kernels are launched while the one before still runs, where the device can.
     """
 
     tile: int = 128
@@ -49,7 +48,6 @@ class Tuning:
     band_tile: int = 64
     band_programs: int = 128
     band_warps: int = 4
-    chained: bool = False
 
 
 def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
