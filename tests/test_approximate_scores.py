@@ -118,7 +118,7 @@ def scored(
     if mask is not None:
         look = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3))
         bounds_kernel[(batch * rows,)](
-            mask, limits, keys, batch, *look, *bands, 0, Q=rows, CAUSAL=causal, BLOCK=256
+            mask, limits, keys, batch, *look, *bands, 0, Q=rows, CAUSAL=causal, SEGMENTS=64, LONGEST=64
         )  # fmt: skip
     lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
     call = Scoring(

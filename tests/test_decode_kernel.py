@@ -335,6 +335,41 @@ def test_a_million_keys():
             assert ((out[:, :, one] - truth).double().norm() / truth.double().norm()) < 1e-2
 
 
+@kernel_test
+@pytest.mark.parametrize("kind", ["random", "all", "none", "one", "padded", "few"])
+def test_bounds_of_masks(kind):
+    """Where the first and the last keys of a row lie, against a list of what it sees."""
+    from sah_transformers.kernels.decode.limits import bounds_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    for keys, rows, causal, first, last, least in (
+        (1, 1, False, 3, 2, 0),
+        (700, 2, True, 5, 40, 0),
+        (2500, 1, True, 0, 0, 9),
+    ):
+        mask = torch.rand(2, rows, keys, generator=generator) < {"random": 0.5, "few": 0.004}.get(kind, 1.1)
+        if kind == "none":
+            mask[:] = False
+        elif kind == "one":
+            mask[:] = torch.arange(keys) == keys // 3
+        elif kind == "padded":
+            mask[1, :, : keys // 2] = False
+        mask = mask.to(DEVICE)
+        limits = torch.full((5, 2, rows), -7, dtype=torch.int32, device=DEVICE)
+        bounds_kernel[(2 * rows,)](
+            mask, limits, keys, 2, *mask.stride(), first, 0, last, 0, least,
+            Q=rows, CAUSAL=causal, SEGMENTS=64, LONGEST=64, num_warps=4,
+        )  # fmt: skip
+        for b in range(2):
+            for q in range(rows):
+                seen = mask[b, q, : keys - rows + 1 + q if causal else keys].nonzero().flatten().tolist()
+                n = len(seen)
+                head, tail = min(first, n), n - min(last, n)
+                first_end = keys if n < least else seen[head - 1] + 1 if head else 0
+                ends = (seen[0], seen[-1] + 1) if n else (keys, 0)
+                assert limits[:, b, q].tolist() == [n, first_end, seen[tail] if tail < n else keys, *ends]
+
+
 @gpu_test
 @pytest.mark.gpu
 @pytest.mark.parametrize("stack", ["sink local", *SCORED])

@@ -150,9 +150,9 @@ def test_a_kernel_that_cannot_append(monkeypatch, caplog):
 
 
 class Kernel:
-    """A Triton kernel of two arguments and two constants, the second with a default."""
+    """A Triton kernel of two arguments and a constant."""
 
-    arg_names = ("k", "n", "D", "LATER")
+    arg_names = ("k", "n", "D")
 
     def __init__(self):
         self.looked_up, self.launched = 0, []

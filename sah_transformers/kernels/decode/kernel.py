@@ -213,7 +213,7 @@ def see(x: Inputs, plan: Plan, launch: Launcher, limits: Any) -> tuple[Any, tupl
     mask = launch.address(x.mask)
     launch(
         bounds_kernel, (batch * rows, 1, 1), mask, limits, keys, batch, *look, *budgets(x.stack), x.least,
-        Q=rows, CAUSAL=x.causal, BLOCK=min(8192, plan.keys), warps=8,
+        Q=rows, CAUSAL=x.causal, SEGMENTS=min(1024, plan.keys // 16), LONGEST=max(16, plan.keys // 1024), warps=16,
     )  # fmt: skip
     return mask, look
 

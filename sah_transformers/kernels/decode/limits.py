@@ -50,42 +50,44 @@ def limits_of(
 @triton.jit(do_not_specialize=["K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"])
 def bounds_kernel(
     mask, limits, K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
-    Q: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """Counts and bands of one row of a boolean mask, into ``limits [5, B*Q]``: n, first_end, last_start, begin, end.
 
-    A row that sees fewer than ``least`` keys takes all of them as "first".
+    A row that sees fewer than ``least`` keys takes all of them as "first". Keys are counted in ``SEGMENTS`` of at most
+    ``LONGEST``; then only those are looked at that hold the first, the last, or a band's last key.
     """
     i = tl.program_id(0).to(tl.int64)
     i_b, i_q = i // Q, i % Q
     reach = reach_of(i_q.to(tl.int32), K, Q, CAUSAL)
     p_mask = mask + i_b * sm_b + i_q * sm_q
-    o = tl.arange(0, BLOCK)
-    b_n = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, reach, BLOCK):
-        o_k = start + o
+    o_s, o_c = tl.arange(0, SEGMENTS), tl.arange(0, 16)
+    length = tl.cdiv(tl.cdiv(reach, SEGMENTS), 16) * 16
+    b_n = tl.zeros([SEGMENTS, 16], tl.int32)
+    for start in range(0, length, 16):
+        o_k = (o_s * length + start)[:, None] + o_c[None, :]
         b_n += (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=o_k < reach, other=0) != 0).to(tl.int32)
-    n = tl.sum(b_n)
+    b_count = tl.sum(b_n, 1)
+    n = tl.sum(b_count)
     n_first = size_of(n, first, first_share)
     n_before = n - size_of(n, last, last_share)
-    b_first, b_last, b_end = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    b_begin = tl.zeros([BLOCK], tl.int32) + K
-    seen = 0
-    for start in range(0, reach, BLOCK):
-        o_k = start + o
-        m = tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=o_k < reach, other=0) != 0
-        rank = tl.cumsum(m.to(tl.int32), 0) + seen
-        b_first = tl.where(m & (rank == n_first), o_k + 1, b_first)
-        b_last = tl.where(m & (rank == n_before + 1), o_k, b_last)
-        b_begin = tl.where(m & (rank == 1), o_k, b_begin)
-        b_end = tl.where(m & (rank == n), o_k + 1, b_end)
-        seen += tl.sum(m.to(tl.int32))
-    first_end = tl.max(b_first)
-    last_start = tl.where(n_before >= n, K, tl.max(b_last))
-    first_end = tl.where(n < least, K, first_end)
+    o = tl.arange(0, 4)  # the first key, the last, the last of the first band, the first of the last
+    b_rank = tl.where(o == 0, 1, tl.where(o == 1, n, tl.where(o == 2, n_first, n_before + 1)))
+    b_seen = tl.cumsum(b_count, 0)
+    m_before = b_seen[None, :] < b_rank[:, None]
+    b_segment = tl.sum(m_before.to(tl.int32), 1)
+    b_before = tl.max(tl.where(m_before, b_seen[None, :], 0), 1)
+    o_l = tl.arange(0, LONGEST)
+    o_k = (b_segment * length)[:, None] + o_l[None, :]
+    m_k = (b_segment < SEGMENTS)[:, None] & (o_l < length)[None, :] & (o_k < reach)
+    m_k = tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0
+    m_k = m_k & (tl.cumsum(m_k.to(tl.int32), 1) + b_before[:, None] == b_rank[:, None])
+    b_end = tl.max(tl.where(m_k, o_k + 1, 0), 1)  # behind each of the four, 0 where there is none
+    begin, end = tl.sum(tl.where(o == 0, b_end, 0)), tl.sum(tl.where(o == 1, b_end, 0))
+    first_end, last_start = tl.sum(tl.where(o == 2, b_end, 0)), tl.sum(tl.where(o == 3, b_end, 0)) - 1
     p = limits + i
     tl.store(p, n)
-    tl.store(p + B * Q, first_end)
-    tl.store(p + 2 * B * Q, last_start)
-    tl.store(p + 3 * B * Q, tl.min(b_begin))
-    tl.store(p + 4 * B * Q, tl.max(b_end))
+    tl.store(p + B * Q, tl.where(n < least, K, first_end))
+    tl.store(p + 2 * B * Q, tl.where(n_before >= n, K, last_start))
+    tl.store(p + 3 * B * Q, tl.where(n > 0, begin - 1, K))
+    tl.store(p + 4 * B * Q, end)
