@@ -1,10 +1,10 @@
 """HashAttention: 32 bits of a learned hash per word, key and query head; the score counts the bits that agree.
 
 Levels (`levels.py`) take the place of scores: per key and query head 4 bytes are read and 1 written, 21 MB, 7 us; 63
-instructions, most of them Triton 3.6's histogram: **11 to 13 us**. ``summed``: 18 MB, 6 us: **7 to 9 us**. Scores,
+instructions, most of them Triton 3.6's histogram: 15 us measured. ``summed``: 18 MB, 6 us: 11 us. Scores,
 where a byte does not hold the levels: 4 bytes read and 4 written; 68 instructions, 50 of them the tail that all scoring
 kernels share: **13 to 16 us**, ``summed`` **8 to 10 us**. The hashes of the queries, and of a new key, are one launch
-of 5 to 6 us each: three layers in float64, one program per head and key, 1,456 instructions.
+of 6.9 us each: three layers in float64, one program per head and key.
 """
 
 from __future__ import annotations
