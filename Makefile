@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/sah demo
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: install
 	$(BIN)/python -m pytest -m slow

@@ -36,6 +36,15 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     assert " passed" in result.stdout
 
 
+def mostly_slow(values, *usual):
+    """Parameters, tuples of several or single ones, of which all but the ``usual`` are left to the slow tests."""
+
+    def slow(value):
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in usual else slow(value) for value in values]
+
+
 @contextlib.contextmanager
 def never_waiting():
     """The host must not wait for the device here."""

@@ -23,7 +23,7 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 DEFAULTS = {
     "quest": {"type": "quest", "heavy_size": 12, "page_size": 4},
     "double_sparsity": {"type": "double_sparsity", "heavy_size": 6, "group_factor": 2, "label_bits": 4},
-    "pq_cache": {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 8, "pq_bits": 2},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 6, "pq_sub_dim": 8, "pq_bits": 2, "kmeans_iter": 2},
     "hash_attention": {"type": "hash_attention", "heavy_size": 6},
     "socket": {"type": "socket", "heavy_size": 6, "K": 3, "L": 8},
 }

@@ -17,6 +17,7 @@ from kernel_process import (
     gpu_test,
     interpreter_test,
     kernel_test,
+    mostly_slow,
     passes_in_the_interpreter,
 )
 from method_files import fit
@@ -43,8 +44,9 @@ from sah_transformers.state import LayerState, State
 @interpreter_test
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("part", ["test_methods", "not test_methods"])
-def test_in_the_interpreter(part):
-    passes_in_the_interpreter(__file__, "-k", part, timeout=1200, poison=True)
+@pytest.mark.parametrize("tests", mostly_slow(["not slow", "slow"], "not slow"))
+def test_in_the_interpreter(tests, part):
+    passes_in_the_interpreter(__file__, "-m", tests, "-k", part, timeout=1200, poison=True)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +131,7 @@ STACKS = {
 METHODS = {
     "quest": {"type": "quest", "heavy_size": 0.1, "page_size": 4},
     "double_sparsity": {"type": "double_sparsity", "heavy_size": 0.1, "group_factor": 8, "label_bits": 4},
-    "pq_cache": {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": 0.5, "pq_bits": 3},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": 0.5, "pq_bits": 3, "kmeans_iter": 2},
     "hash_attention": {"type": "hash_attention", "heavy_size": 0.1},
     "socket": {"type": "socket", "heavy_size": 0.1, "K": 5, "L": 8},
 }
@@ -276,14 +278,14 @@ def generate(config, rows=1, padded=(), lengths=(87, 88, 89), D=64, dtype=torch.
 
 
 @kernel_test
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", mostly_slow([1, 3], 1))
 @pytest.mark.parametrize(("name", "gqa"), CALLS)
 def test_methods(name, gqa, rows):
     generate({**METHODS[name], "gqa": gqa}, rows)
 
 
 @kernel_test
-@pytest.mark.parametrize(("name", "gqa"), CALLS)
+@pytest.mark.parametrize(("name", "gqa"), mostly_slow(CALLS, *((name, "group") for name in METHODS)))
 def test_methods_with_left_padding(name, gqa):
     """A sequence with too few keys for codebooks beside one that has them."""
     generate({**METHODS[name], "gqa": gqa}, padded=(0, 60))
@@ -304,7 +306,7 @@ def test_methods_in_half_precision(name):
 
 
 @kernel_test
-@pytest.mark.parametrize("data", ["constant", "duplicates", "zero queries"])
+@pytest.mark.parametrize("data", mostly_slow(["constant", "duplicates", "zero queries"], "duplicates"))
 @pytest.mark.parametrize(("name", "gqa"), CALLS)
 def test_methods_with_ties(name, gqa, data):
     """More equal scores in a chunk than the cut's registers take: the row is searched as a whole."""

@@ -6,14 +6,15 @@ Arrays hold nonsense before.
 
 import pytest
 import torch
-from kernel_process import DEVICE, interpreter_test, kernel_test, passes_in_the_interpreter
+from kernel_process import DEVICE, interpreter_test, kernel_test, mostly_slow, passes_in_the_interpreter
 
 CHUNK, FIRST, LAST = 64, 5, 9
 
 
 @interpreter_test
-def test_in_the_interpreter():
-    passes_in_the_interpreter(__file__)
+@pytest.mark.parametrize("tests", mostly_slow(["not slow", "slow"], "not slow"))
+def test_in_the_interpreter(tests):
+    passes_in_the_interpreter(__file__, "-m", tests)
 
 
 def normal(*shape, seed=0):
@@ -150,14 +151,14 @@ DATA = {
 
 
 @kernel_test
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", mostly_slow(BUDGETS, 64, 286))
 @pytest.mark.parametrize("data", DATA)
 def test_numbers(data, budget):
     assert same(*by_scores(DATA[data](), budget))
 
 
 @kernel_test
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", mostly_slow(BUDGETS, 64))
 @pytest.mark.parametrize("data", DATA)
 def test_logarithmic(data, budget):
     """Exact of any numbers, negative ones too."""
@@ -214,7 +215,7 @@ def test_groups(budget):
 
 @kernel_test
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("most", [1, 3, 33, 63, 129, 254])
+@pytest.mark.parametrize("most", mostly_slow([1, 3, 33, 63, 129, 254], 3, 129))
 def test_whole_numbers(most, budget):
     """Levels that are scores: the list is ascending, and of the cut's level it has the first."""
     x = Rows(normal(3, 300), budget)

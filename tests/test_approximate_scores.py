@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, passes_in_the_interpreter
+from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, mostly_slow, passes_in_the_interpreter
 from method_files import fit
 
 from sah_transformers.maskers import MaskerRegistry
@@ -20,14 +20,15 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
 
 @interpreter_test
-def test_in_the_interpreter():
-    passes_in_the_interpreter(__file__)
+@pytest.mark.parametrize("tests", mostly_slow(["not slow", "slow"], "not slow"))
+def test_in_the_interpreter(tests):
+    passes_in_the_interpreter(__file__, "-m", tests)
 
 
 CONFIGS = {
     "hash_attention": {"type": "hash_attention", "heavy_size": 5},
     "double_sparsity": {"type": "double_sparsity", "heavy_size": 5, "group_factor": 8, "label_bits": 4},
-    "pq_cache": {"type": "pq_cache", "heavy_size": 5, "pq_sub_dim": 0.5, "pq_bits": 3},
+    "pq_cache": {"type": "pq_cache", "heavy_size": 5, "pq_sub_dim": 0.5, "pq_bits": 3, "kmeans_iter": 2},
     "socket": {"type": "socket", "heavy_size": 5, "K": 12, "L": 4},
 }
 SUMMED = ("hash_attention", "socket")
@@ -301,7 +302,9 @@ def test_hash_tables_of_any_size(planes, tables, summed):
 
 @kernel_test
 @pytest.mark.parametrize("tile", [(64, 2, 1), (256, 1, 4)])
-@pytest.mark.parametrize(("planes", "tables"), [(4, 5), (5, 60), (7, 6), (11, 3), (12, 8)])
+@pytest.mark.parametrize(
+    ("planes", "tables"), mostly_slow([(4, 5), (5, 60), (7, 6), (11, 3), (12, 8)], (4, 5), (12, 8))
+)
 def test_buckets_looked_up_as_a_whole(planes, tables, tile, monkeypatch):
     """As many keys of all KV heads make worth while."""
     monkeypatch.setattr(module_of("socket"), "WHOLE_KEYS", 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, passes_in_the_interpreter
+from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, mostly_slow, passes_in_the_interpreter
 from method_files import DEFAULTS, fit
 from sparse_models import generate, left_padded, logits, prompt, sparse
 from test_approximate_scores import left_padding, normal
@@ -269,8 +269,9 @@ def test_the_reference_leaves_the_graph_where_the_host_cannot_ask_for_lengths(mo
 
 @interpreter_test
 @pytest.mark.timeout(1300)
-def test_in_the_interpreter():
-    passes_in_the_interpreter(__file__, "-k", "device", timeout=1200, poison=True)
+@pytest.mark.parametrize("tests", mostly_slow(["not slow", "slow"], "not slow"))
+def test_in_the_interpreter(tests):
+    passes_in_the_interpreter(__file__, "-m", tests, "-k", "device", timeout=1200, poison=True)
 
 
 class Side:
@@ -340,7 +341,7 @@ def test_positions_on_the_device_have_holes():
 
 
 @kernel_test
-@pytest.mark.parametrize("gqa", ["head", "group"])
+@pytest.mark.parametrize("gqa", mostly_slow(["head", "group"], "group"))
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_attention_over_a_whole_buffer_on_the_device(name, gqa):
     """Budgets are shares of the valid length; the buffer's tail is never seen, whatever is in it."""
