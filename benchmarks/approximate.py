@@ -9,18 +9,17 @@ of the cases' methods. Cases are numbered as the suite lists them.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from benchmarks.tuned import apart, tuned
 from sah_transformers.attention import make_call, run
 from sah_transformers.bench.dense import dense_functions
 from sah_transformers.bench.inputs import Step, tensors
 from sah_transformers.bench.suites import Case, load_suite
 from sah_transformers.bench.timing import compare, stage_us
 from sah_transformers.kernels.approximate import pipeline
-from sah_transformers.kernels.decode.kernel import PLANS
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.maskers.top_k import TopKMasker, TopKMaskerConfig
 from sah_transformers.rows import dot
@@ -94,29 +93,25 @@ def measure_keys(case: Case, whole: bool) -> None:
 
 def measure(case: Case, changes: dict[str, Any], dense: bool, expected: torch.Tensor | None) -> torch.Tensor | None:
     """Print times of a step and its stages, and how far its output is from ``expected``; returns the output."""
-    original = pipeline.tuning_of
-    PLANS.clear()
-    pipeline.tuning_of = lambda *sizes: replace(original(*sizes), **changes)
     try:
-        inputs = tensors(case, "cuda")
-        step = Step(case, inputs, "triton")
+        with tuned(pipeline, changes):
+            inputs = tensors(case, "cuda")
+            step = Step(case, inputs, "triton")
 
-        def ours() -> torch.Tensor:
-            return run(step.call())[0]
+            def ours() -> torch.Tensor:
+                return run(step.call())[0]
 
-        sides = {"ours": ours, "append": step.call, **(dense_functions(inputs) if dense else {})}
-        times = compare(sides, True, 0.3)
-        found = {name: round(each.p50 * 1e3, 1) for name, each in times.items()}
-        out = ours().float()
-        apart = 0.0 if expected is None else ((out - expected).norm() / expected.norm()).item()
-        print(case.label, changes, found, {each.method for each in times.values()}, f"apart {apart:.1e}", flush=True)
-        print("   ", stage_us(ours, True), flush=True)
-        return out
+            sides = {"ours": ours, "append": step.call, **(dense_functions(inputs) if dense else {})}
+            times = compare(sides, True, 0.3)
+            found = {name: round(each.p50 * 1e3, 1) for name, each in times.items()}
+            out = ours().float()
+            methods = {each.method for each in times.values()}
+            print(case.label, changes, found, methods, f"apart {apart(out, expected):.1e}", flush=True)
+            print("   ", stage_us(ours, True), flush=True)
+            return out
     except Exception as error:
         print(case.label, changes, f"{type(error).__name__}: {str(error)[:200]}", flush=True)
         return None
-    finally:
-        pipeline.tuning_of = original
 
 
 def main() -> None:

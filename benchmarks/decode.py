@@ -9,11 +9,11 @@ whose outputs are compared.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from benchmarks.tuned import apart, tuned
 from sah_transformers.attention import run
 from sah_transformers.bench.dense import dense_functions
 from sah_transformers.bench.inputs import call_of, tensors
@@ -40,10 +40,7 @@ def kind_of(case: Case) -> str:
 
 def measure(case: Case, changes: dict[str, Any], expected: torch.Tensor | None) -> torch.Tensor:
     """Print times of a call and its stages, and how far its output is from ``expected``; returns the output."""
-    original = kernel.tuning_of
-    kernel.PLANS.clear()
-    kernel.tuning_of = lambda *sizes: replace(original(*sizes), **changes)
-    try:
+    with tuned(kernel, changes):
         inputs = tensors(case, "cuda")
         call = call_of(case, inputs, "triton")
 
@@ -52,12 +49,9 @@ def measure(case: Case, changes: dict[str, Any], expected: torch.Tensor | None) 
 
         times = compare({"ours": ours, **(dense_functions(inputs) if expected is None else {})}, True, 0.3)
         out = ours().float()
-        apart = 0.0 if expected is None else ((out - expected).norm() / expected.norm()).item()
         found = {name: round(each.p50 * 1e3, 1) for name, each in times.items()}
-        print(case.label, changes, found, f"apart {apart:.1e}", stage_us(ours, True), flush=True)
+        print(case.label, changes, found, f"apart {apart(out, expected):.1e}", stage_us(ours, True), flush=True)
         return out
-    finally:
-        kernel.tuning_of = original
 
 
 @torch.no_grad()

@@ -213,13 +213,13 @@ def compiled(launch, architecture):
 
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
     names |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64"}
-    function, given, options = launch.kernel, launch.constants, launch.options
+    function = launch.kernel
     signature, constants, attributes = {}, {}, {}
     plain = set(function.do_not_specialize or ())
-    for i, (name, value) in enumerate(zip(function.arg_names, (*launch.args, *given.values()), strict=True)):
-        if name in given:
+    for i, (name, value) in enumerate(zip(function.arg_names, (*launch.args, *launch.constants.values()), strict=True)):
+        if name in launch.constants:
             signature[name], constants[(i,)] = "constexpr", value
-            assert function.arg_names[i] == list(given)[i - len(launch.args)], (function, name)
+            assert function.arg_names[i] == list(launch.constants)[i - len(launch.args)], (function, name)
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = names[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -233,7 +233,7 @@ def compiled(launch, architecture):
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
     return triton.compile(
-        source, target=target, options={"num_warps": launch.warps, "enable_fp_fusion": True, **options}
+        source, target=target, options={"num_warps": launch.warps, "enable_fp_fusion": True, **launch.options}
     )
 
 

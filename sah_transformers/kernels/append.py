@@ -44,9 +44,7 @@ def in_place(
         keys: ``[B, G, K, D]``; values: ``[B, G, K, Dv]``.
         padded: some keys are no real tokens; context: ``side`` holds what was prepared.
     """
-    if context.kernel == "reference" or not runs_kernels(keys):
-        return False
-    if keys.stride(3) != 1 or have == keys.shape[2] or (type(masker), keys.device) in _unbuildable:
+    if not _may_launch(masker, keys, context) or keys.stride(3) != 1 or have == keys.shape[2]:
         return False
     selection = masker.described
     if isinstance(selection, Pages):
@@ -64,6 +62,13 @@ def from_device(
 ) -> bool:
     """Whether ``append_from_device`` writes ``masker``'s side data of a key of ``keys [B, G, K, D]``."""
     return bool(buffers) and in_place(masker, keys, values, keys.shape[2] - 1, True, context)
+
+
+def _may_launch(masker: Masker, keys: torch.Tensor, context: Context) -> bool:
+    """Whether ``context`` wants kernels, they run where ``keys`` are, and none of ``masker``'s failed to be built."""
+    if context.kernel == "reference" or not runs_kernels(keys):
+        return False
+    return (type(masker), keys.device) not in _unbuildable
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -96,7 +101,7 @@ def append_in_place(
 def attempt(masker: Masker, keys: torch.Tensor, context: Context, run: Callable[[], T]) -> T | None:
     """What ``run``, which launches kernels for ``masker``, returns; None where ``context`` wants none, or ``"auto"``
     finds that they cannot be built here: the log says so once."""
-    if context.kernel == "reference" or not runs_kernels(keys) or (type(masker), keys.device) in _unbuildable:
+    if not _may_launch(masker, keys, context):
         return None
     try:
         with on_device(keys):
@@ -120,7 +125,8 @@ def append_from_device(
     context: Context,
 ) -> None:
     """As ``append_in_place`` where the host does not know which keys are new: those of ``span``, int64 ``[2]``."""
-    _write(masker, buffers, keys, values, span, positions, context)
+    with on_device(keys):
+        _write(masker, buffers, keys, values, span, positions, context)
 
 
 def _write(
@@ -132,15 +138,14 @@ def _write(
     positions: torch.Tensor | None,
     context: Context,
 ) -> None:
-    """Launch what writes ``masker``'s side data of the keys in ``span``."""
+    """Launch, on the current device, what writes ``masker``'s side data of the keys in ``span``."""
     selection = masker.described
-    with on_device(keys):
-        if isinstance(selection, Pages):
-            have = span if isinstance(span, torch.Tensor) else span[0]
-            fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
-        elif isinstance(selection, Estimated):
-            given = masker.given(context, keys.shape[3], keys.device)
-            method_of(selection.estimate).append(buffers, keys, values, span, given)
+    if isinstance(selection, Pages):
+        have = span if isinstance(span, torch.Tensor) else span[0]
+        fold(buffers["low"], buffers["high"], keys, have, positions, selection.size)
+    elif isinstance(selection, Estimated):
+        given = masker.given(context, keys.shape[3], keys.device)
+        method_of(selection.estimate).append(buffers, keys, values, span, given)
 
 
 def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:

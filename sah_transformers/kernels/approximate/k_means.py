@@ -19,6 +19,7 @@ import triton.language as tl
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.decode.values import even, power_above
 from sah_transformers.maskers.pq_cache import GRID, REACH
 
 MOST_DIM = 128
@@ -152,19 +153,6 @@ def lloyd_kernel(
     p_sum = sums + i_book.to(tl.int64) * (C * S) + o_c[:, None] * S + o_s[None, :]
     tl.atomic_add(p_sum, b_sum, mask=(o_c < C)[:, None] & (o_s < S)[None, :], sem="relaxed")
     tl.atomic_add(sizes + i_book * C + o_c, tl.sum(b_size, 1).to(tl.float64), mask=o_c < C, sem="relaxed")
-
-
-@triton.jit
-def power_above(number):
-    """The power of two above each float64 >= 0, 1 for 0."""
-    exponent = (number.to(tl.int64, bitcast=True) >> 52) + 1
-    return tl.where(number > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
-
-
-@triton.jit
-def even(b_x):
-    """float64 below 2**51, rounded to whole numbers, to even."""
-    return (b_x + 6755399441055744.0) - 6755399441055744.0
 
 
 @triton.jit(do_not_specialize=["n", "sk_b", "sk_g", "sk_n", "sc_b", "sc_g", "sc_n", "sc_m"])

@@ -8,7 +8,8 @@ makes the edge long, which costs time and nothing else.
 
 ``LOGARITHMIC`` (`methods.LOGARITHMIC`, and a group's summed softmax): the line is laid through integer forms, as a
 bracket resolves a 512th of what the sample spans, and bent where the sample has the cut. Simulated edges of SOCKET at
-131,072 keys: 364 to 1,585 keys (straight 432 to 2,052; through the values up to 127,000), summed 316 to 1,177.
+131,072 keys: 364 to 1,585 keys (straight 432 to 2,052; through the values up to 127,000), summed 316 to 1,177; on a GPU
+some rows had more than 2,048.
 """
 
 import triton
@@ -242,9 +243,8 @@ def at_least(b_x, level):
 
 @triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
 def level_list_kernel(
-    levels, cuts, offsets, lists, stride, chunks, wide, longest,
-    EDGES: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, CHUNK: tl.constexpr
+):
     """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
     without the cut's level, whose keys go behind ``longest``.
 
@@ -311,10 +311,7 @@ def long_cut(p_edge, p_v, at, room, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "wide", "longest"])
-def edge_kernel(
-    ranking, cuts, lists, stride, wide, longest,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def edge_kernel(ranking, cuts, lists, stride, wide, longest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One selection row: the best keys of its edge, the lower position first among equals, behind those listed."""
     i_e = tl.program_id(0)
     E = tl.num_programs(0)

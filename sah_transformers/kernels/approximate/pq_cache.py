@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.k_means import codes_of, even, fits, power_above
+from sah_transformers.kernels.approximate.k_means import codes_of, fits
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.decode.values import even, power_above
 from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.pq_cache import augment, blocks, nearest, snap, split
 

@@ -39,6 +39,7 @@ from sah_transformers.kernels.approximate.place import Direct, Span, many, progr
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
+from sah_transformers.kernels.decode.values import even, power_above
 from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes, pack, snap
 
@@ -224,10 +225,7 @@ def bucket_kernel(
         b_x = tl.load(keys + i_b * sk_b + i_g * sk_g + i_key * sk_n + o_d, mask=o_d < D, other=0.0)
         b_x = b_x.to(tl.float64)
         b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
-        largest = tl.max(tl.abs(b_x))
-        exponent = (largest.to(tl.int64, bitcast=True) >> 52) + 1 - 30
-        unit = tl.where(largest > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
-        b_x = (b_x / unit + 6755399441055744.0) - 6755399441055744.0  # whole, to even
+        b_x = even(b_x / (power_above(tl.max(tl.abs(b_x))) / 1073741824.0))  # up to 2**30
         o_p = i_w * 32 + tl.arange(0, 32)
         p_plane = planes + o_p[:, None] * D + o_d[None, :]
         b_w = tl.load(p_plane, mask=(o_p < BITS)[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float64)

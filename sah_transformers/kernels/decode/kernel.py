@@ -192,8 +192,8 @@ class Launcher:
             self.step += 1
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
-        options: dict[str, Any] = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **options)
+        limits = {} if cap is None else {"maxnreg": cap}
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
             self.plan.compiled.append(entry)

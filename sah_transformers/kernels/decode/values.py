@@ -90,3 +90,16 @@ def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
     b_above = tl.sum(tl.reshape(b_above, (b_above.numel // EACH, EACH), can_reorder=True), 1)
     b_four = (b_above[:, None] >> (tl.arange(0, PIVOTS) * 4).to(b_above.dtype)[None, :]) & 15
     return tl.sum(b_four.to(tl.int32), 0)
+
+
+@triton.jit
+def power_above(number):
+    """The power of two above each float64 >= 0, 1 for 0."""
+    exponent = (number.to(tl.int64, bitcast=True) >> 52) + 1
+    return tl.where(number > 0, (exponent << 52).to(tl.float64, bitcast=True), 1.0)
+
+
+@triton.jit
+def even(b_x):
+    """float64 below 2**51, rounded to whole numbers, to even."""
+    return (b_x + 6755399441055744.0) - 6755399441055744.0
