@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -16,19 +17,23 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="StaticState")
 
+ALIGNMENT = 256
+"""Bytes: where each tensor of a layout begins is a multiple of this."""
+
 
 class StaticState(LayerState):
     """A ``LayerState`` all of which lies in tensors, the number of keys that it has seen included.
 
-    Compiled code is handed ``tensors`` and writes into them when the host does not see it, so every update begins with
-    what they say. The side data are those of the maskers of the last update alone.
+    Compiled code is handed ``memory`` and writes into it when the host does not see it, so every update begins with
+    what it says. The side data are those of the maskers of the last update alone.
 
     Attributes:
         capacity: keys that the cache has room for.
-        keeper: number of the ``LayerPlan`` whose maskers' side data ``tensors`` are, 0 for none.
-        tensors: ``span``, int64 ``[2]`` (keys that are known: before the last call, and now), ``positions``, int64
-            ``[B, 1, capacity]``, then each masker's; the same objects as long as the batch stays as it is.
-        names: what each of ``tensors`` is, separated by blanks.
+        keeper: number of the ``LayerPlan`` whose maskers' side data ``memory`` holds, 0 for none.
+        memory: bytes, all that compiled code needs side by side (one tensor, as each costs a check before every step):
+            ``span``, int64 ``[2]`` (keys that are known: before the last call, and now), ``positions``, int64
+            ``[B, 1, capacity]``, then each masker's; the same object as long as the batch stays as it is.
+        layout: of ``memory``, see ``laid_out``.
         captured: whether the kernels take calls of one row, and their appends, so that nothing waits for the device.
     """
 
@@ -37,20 +42,22 @@ class StaticState(LayerState):
         self.capacity = capacity
         self.keeper = 0
         self.captured = False
-        self.tensors: list[torch.Tensor] = []
-        self.names = ""
+        self.memory: torch.Tensor | None = None
+        self.layout = ""
+        self._handed: list[MaskerConfig] = []
         self._span = torch.zeros(2, dtype=torch.int64)
         self._idle: dict[MaskerConfig, Prepared] = {}
         self._padded = True
         self._read_to = 0  # by maskers that were not asked to select
 
     @classmethod
-    def of(cls: type[S], maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor]) -> S:
-        """The state whose ``names`` and ``tensors`` these are; ``maskers`` as they were handed out for."""
-        span, positions, *others = tensors
+    def of(cls: type[S], maskers: Sequence[Masker], layout: str, memory: torch.Tensor) -> S:
+        """The state that ``memory`` is; ``maskers`` as it was handed out for."""
+        tensors = laid_out(memory, layout)
+        span, positions = tensors.pop("span"), tensors.pop("positions")
         state = cls(positions.shape[2])
         state._span, state._positions, state.batch = span, SideBuffer.over(positions), positions.shape[0]
-        for name, tensor in zip(names.split()[2:], others, strict=True):
+        for name, tensor in tensors.items():
             number, _, name = name.partition(".")
             masker = maskers[int(number)]
             if name == "ready":
@@ -66,20 +73,52 @@ class StaticState(LayerState):
         return state
 
     def hand_out(self, maskers: Sequence[Masker], keeper: int, captured: bool) -> None:
-        """Have ``tensors`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
+        """Have ``memory`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
+        self.captured, self.keeper = captured, keeper
+        self._handed = [masker.config for masker in maskers]
+        named = self._named()
+        if self.memory is None or not all(_shares(tensor, self.memory) for tensor in named.values()):
+            self.memory, self.layout = side_by_side(named)
+            self._settle()
+            torch._dynamo.mark_static_address(self.memory)
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """What compiled code needs."""
         assert self._positions is not None
-        self.captured = captured
         named = {"span": self._span, "positions": self._positions.storage}
-        for number, masker in enumerate(maskers):
-            prepared = self._prepared.get(masker.config)
+        for number, config in enumerate(self._handed):
+            prepared = self._prepared.get(config)
             if prepared is not None:
                 named |= {f"{number}.ready": prepared.ready}
                 named |= {f"{number}.{name}": tensor for name, tensor in prepared.data.items()}
-            side = self._side[masker.config]
+            side = self._side.get(config, {})
             named |= {f"{number}.{name}": buffer.storage for name, buffer in side.items()}
-        self.keeper, self.names, self.tensors = keeper, " ".join(named), list(named.values())
-        for tensor in self.tensors:
-            torch._dynamo.mark_static_address(tensor)
+        return named
+
+    def _settle(self) -> None:
+        """Have everything lie in ``memory``."""
+        assert self.memory is not None
+        assert self._positions is not None
+        named = laid_out(self.memory, self.layout)
+        self._span, self._positions.storage = named["span"], named["positions"]
+        for number, config in enumerate(self._handed):
+            prepared = self._prepared.get(config)
+            if prepared is not None:
+                prepared.ready = named[f"{number}.ready"]
+                prepared.data = {name: named[f"{number}.{name}"] for name in prepared.data}
+            for name, buffer in self._side[config].items():
+                buffer.storage = named[f"{number}.{name}"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        memory = self.memory
+        if memory is not None and all(_shares(tensor, memory) for tensor in self._named().values()):
+            return self.__dict__
+        return {**self.__dict__, "memory": None, "keeper": 0}
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        self.__dict__.update(data)
+        if self.memory is not None:  # a pickle has a copy of its own of every tensor
+            self._settle()
 
     def read_on(self, before: int, total: int, unasked: Sequence[Masker]) -> None:
         """Before an update to ``total`` keys by a call from whose keys the ``unasked`` maskers do not select.
@@ -189,7 +228,7 @@ class StaticState(LayerState):
     def _map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._map_batch(operation)
         self._idle.clear()
-        self.keeper = 0
+        self.memory, self.keeper = None, 0
 
 
 class CapturedState(StaticState):
@@ -204,11 +243,9 @@ class CapturedState(StaticState):
     filled: torch.Tensor
 
     @classmethod
-    def over(
-        cls, maskers: Sequence[Masker], names: str, tensors: Sequence[torch.Tensor], filled: torch.Tensor
-    ) -> CapturedState:
+    def over(cls, maskers: Sequence[Masker], layout: str, memory: torch.Tensor, filled: torch.Tensor) -> CapturedState:
         """As ``of``."""
-        state = cls.of(maskers, names, tensors)
+        state = cls.of(maskers, layout, memory)
         state.filled = filled
         return state
 
@@ -238,3 +275,34 @@ class CapturedState(StaticState):
             storages = {name: buffer.storage for name, buffer in side.items()}
             append_from_device(masker, storages, keys, values, self._span, positions, part)
         return positions
+
+
+def side_by_side(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, str]:
+    """Copies of ``tensors`` in one tensor of bytes, and its layout: where each lies, its dtype, shape and strides."""
+    layout, end = [], 0
+    for name, tensor in tensors.items():
+        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            tensor = tensor.contiguous()
+        shape, strides = (",".join(map(str, numbers)) for numbers in (tensor.shape, tensor.stride()))
+        layout.append(f"{name}:{end}:{str(tensor.dtype).removeprefix('torch.')}:{shape}:{strides}")
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(end, dtype=torch.uint8, device=tensors["span"].device)
+    for copy, tensor in zip(laid_out(memory, " ".join(layout)).values(), tensors.values(), strict=True):
+        copy.copy_(tensor)
+    return memory, " ".join(layout)
+
+
+def laid_out(memory: torch.Tensor, layout: str) -> dict[str, torch.Tensor]:
+    """The tensors in ``memory``, by name."""
+    tensors = {}
+    for one in layout.split():
+        name, begin, dtype, shape, strides = one.split(":")
+        kind = getattr(torch, dtype)
+        sizes, steps = ([int(number) for number in numbers.split(",") if number] for numbers in (shape, strides))
+        part = memory[int(begin) : int(begin) + math.prod(sizes) * kind.itemsize].view(kind)
+        tensors[name] = part.as_strided(sizes, steps)
+    return tensors
+
+
+def _shares(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()

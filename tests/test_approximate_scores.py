@@ -103,7 +103,7 @@ def scored(
     """(what the kernel stored, what it should have stored)."""
     from sah_transformers.kernels.approximate.launch import Scoring, Tile
     from sah_transformers.kernels.approximate.place import Direct
-    from sah_transformers.kernels.decode.limits import bounds_kernel
+    from sah_transformers.kernels.decode.kernel import find_limits
 
     batch, heads, rows, _ = case.q.shape
     groups, keys = case.k.shape[1:3]
@@ -118,9 +118,8 @@ def scored(
     limits, look, bands = empty(5 * batch * rows, dtype=torch.int32), (0, 0, 0), (first, 0, last, 0)
     if mask is not None:
         look = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3))
-        bounds_kernel[(batch * rows,)](
-            mask, limits, keys, batch, *look, *bands, 0, Q=rows, CAUSAL=causal, SEGMENTS=64, LONGEST=64
-        )  # fmt: skip
+        counts = empty(batch * rows * -(-keys // 1024), dtype=torch.int32)
+        find_limits(Direct(), mask, counts, limits, (batch, rows, keys), look, (*bands, 0), causal, 4096)
     lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
     call = Scoring(
         case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),

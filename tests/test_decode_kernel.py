@@ -339,7 +339,8 @@ def test_a_million_keys():
 @pytest.mark.parametrize("kind", ["random", "all", "none", "one", "padded", "few"])
 def test_bounds_of_masks(kind):
     """Where the first and the last keys of a row lie, against a list of what it sees."""
-    from sah_transformers.kernels.decode.limits import bounds_kernel
+    from sah_transformers.kernels.approximate.place import Direct
+    from sah_transformers.kernels.decode.kernel import find_limits
 
     generator = torch.Generator().manual_seed(0)
     for keys, rows, causal, first, last, least in (
@@ -356,10 +357,9 @@ def test_bounds_of_masks(kind):
             mask[1, :, : keys // 2] = False
         mask = mask.to(DEVICE)
         limits = torch.full((5, 2, rows), -7, dtype=torch.int32, device=DEVICE)
-        bounds_kernel[(2 * rows,)](
-            mask, limits, keys, 2, *mask.stride(), first, 0, last, 0, least,
-            Q=rows, CAUSAL=causal, SEGMENTS=64, LONGEST=64, num_warps=4,
-        )  # fmt: skip
+        counts = torch.full((2 * rows, 3), -7, dtype=torch.int32, device=DEVICE)
+        sizes, bands = (2, rows, keys), (first, 0, last, 0, least)
+        find_limits(Direct(), mask, counts, limits, sizes, mask.stride(), bands, causal, 4096)
         for b in range(2):
             for q in range(rows):
                 seen = mask[b, q, : keys - rows + 1 + q if causal else keys].nonzero().flatten().tolist()

@@ -21,8 +21,10 @@ from sparse_models import (
     sparse,
 )
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import sdpa_mask
 
 import sah_transformers
+from sah_transformers.integration.attention_function import sah_mask
 
 IDS = prompt(13)
 REPEATING = torch.cat([prompt(6), prompt(6), prompt(3)], dim=1)  # something to look up
@@ -322,6 +324,19 @@ def test_a_mask_of_the_users_own():
         found = logits(model, IDS, attention_mask=mask)
         assert not differ(found, logits(truth, IDS, attention_mask=mask))
         assert differ(found, logits(model, IDS))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["no padding", "padding", "padding of the whole buffer"])
+@pytest.mark.parametrize("offset", [6, torch.tensor(6)], ids=["host", "device"])
+def test_a_steps_mask_is_that_of_transformers(kind, offset):
+    """Made by fewer operators."""
+    real = torch.rand(3, 12 if kind.endswith("buffer") else 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    given = {"batch_size": 3, "q_length": 1, "kv_length": 12, "q_offset": offset, "allow_is_causal_skip": False}
+    given["attention_mask"] = None if kind == "no padding" else real
+    found, right = sah_mask(**given), sdpa_mask(**given)
+    assert found.shape == right.shape == (3, 1, 1, 12)
+    assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize(

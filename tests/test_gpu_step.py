@@ -141,7 +141,7 @@ def test_a_captured_step_with_side_data_never_waits(method):
     mask = torch.zeros(2, 1, 1, 512, dtype=torch.bool, device="cuda")
 
     def step():
-        given = (None, None, None, False, 0.125, None, plan.number, 0, 0, length, state.names, state.tensors)
+        given = (None, None, None, False, 0.125, None, plan.number, 0, 0, length, state.layout, state.memory)
         return attention_with_state_operator(query, keys, values, mask, *given)
 
     def fill(filled):

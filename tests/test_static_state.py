@@ -23,7 +23,7 @@ from sah_transformers.integration.plan import plan_of
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.rows import Context
 from sah_transformers.state import LayerState
-from sah_transformers.static_state import CapturedState, StaticState
+from sah_transformers.static_state import CapturedState, StaticState, laid_out
 
 IDS, PADDING = left_padded([prompt(13), prompt(11, seed=1)])
 quick_methods = pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def check_side_data(model, cache, padding):
     for module, layer in zip(model.model.layers, cache.layers, strict=True):
         plan, state, fresh = plan_of(module.self_attn), layer.sah_state, LayerState()
         filled = int(layer.cumulative_length)
-        assert filled == int(state.tensors[0][1])
+        assert filled == int(laid_out(state.memory, state.layout)["span"][1])
         keys, values = layer.keys[:, :, :filled], layer.values[:, :, :filled]
         real = torch.arange(filled)[None] >= padding[:, None]
         context = Context(layer_idx=module.self_attn.layer_idx, heads=model.config.num_attention_heads)
@@ -114,13 +114,13 @@ def test_a_second_prompt_on_the_same_cache(method, prefill):
         if cache is None:
             cache = static(model)
             assert torch.equal(continued(model, cache, ids, padding), right)
-            places = [tensor.data_ptr() for layer in cache.layers for tensor in layer.sah_state.tensors]
+            places = [layer.sah_state.memory.data_ptr() for layer in cache.layers]
         else:
             cache.reset()
             with torch._dynamo.config.patch(error_on_recompile=True):
                 assert torch.equal(continued(model, cache, ids, padding), right)
         check_side_data(model, cache, (padding == 0).sum(-1))
-    assert places == [tensor.data_ptr() for layer in cache.layers for tensor in layer.sah_state.tensors]
+    assert places == [layer.sah_state.memory.data_ptr() for layer in cache.layers]
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def test_the_operator_keeps_its_promises(method):
     query, mask = torch.randn(1, 4, 1, 16, dtype=torch.float64), (torch.arange(40) < 14)[None, None, None]
     given = (query, layer.keys, layer.values, mask, None, None, None, False, 0.25, None, plan_of(module).number, 0, 0)
     torch.library.opcheck(
-        attention_with_state_operator, (*given, layer.cumulative_length, layer.sah_state.names, layer.sah_state.tensors)
+        attention_with_state_operator, (*given, layer.cumulative_length, layer.sah_state.layout, layer.sah_state.memory)
     )
 
 
@@ -301,7 +301,7 @@ class Side:
     def step(self, filled):
         """As a captured step: nothing but tensors is known."""
         self.length.fill_(filled)
-        state = CapturedState.over([self.masker], self.state.names, self.state.tensors, self.length)
+        state = CapturedState.over([self.masker], self.state.layout, self.state.memory, self.length)
         return self.call(state, filled, whole=True)
 
     def check(self, filled):

@@ -35,7 +35,7 @@ PARTS = {
     "matrix products": r"gemm|gemv|cublas|nvjet|splitk|triton_tem|aten::(addmm|mm|bmm|linear)$",
     "attention": r"fmha|flash|sdpa|dot_product|(bands|merge|combine|gather\w*|stream)_kernel",
     "cache": r"CatArray|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
-    "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|bounds\w*|select\w*|flags|slots|follow|fold\w*|"
+    "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|count|bounds|select\w*|flags|slots|follow|fold\w*|"
     r"line|\w*level\w*|edge|hash|label|code|table|pieces|bucket)_kernel|topk|sort",
 }
 """What a kernel (on a CPU: an operator) belongs to, by its name. All else is "rest"."""

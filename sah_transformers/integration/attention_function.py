@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, prepare_padding_mask, sdpa_mask
 from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
@@ -43,6 +43,8 @@ def sah_mask(
     model_type = getattr(config, "model_type", None)
     if model_type == "deepseek_v4":  # adds float biases to the mask
         return eager_mask(q_length=q_length, kv_length=kv_length, config=config, **kwargs)
+    if q_length == 1 and not allow_is_causal_skip and is_plain(**kwargs):
+        return mask_of_step(kv_length=kv_length, **kwargs)
     if model_type == "doge" and q_length not in (1, kv_length):  # adds its own mask to a None
         allow_is_causal_skip = False
     mask = sdpa_mask(
@@ -55,6 +57,31 @@ def sah_mask(
     if mask is None and allow_is_causal_skip and q_length not in (1, kv_length):
         return torch.ones(1, 1, 1, q_length, dtype=torch.bool, device=kwargs.get("device"))
     return mask
+
+
+def is_plain(
+    *, mask_function: Any = causal_mask_function, kv_offset: Any = 0, use_vmap: bool = False, **_: Any
+) -> bool:
+    """Whether a mask is causal order and padding, over all keys of a cache."""
+    return mask_function is causal_mask_function and isinstance(kv_offset, int) and kv_offset == 0 and not use_vmap
+
+
+def mask_of_step(
+    *,
+    batch_size: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> torch.Tensor:
+    """What ``sdpa_mask`` gives for one query, ``[B, 1, 1, K]``, by four operators: ``generate`` makes a mask for each
+    token while the device waits."""
+    seen = (torch.arange(kv_length, device=device) <= q_offset)[None]
+    padding = prepare_padding_mask(attention_mask, kv_length, 0)
+    if padding is not None:
+        seen = seen & padding[:, :kv_length]
+    return seen[:, None, None].expand(batch_size, 1, 1, kv_length)
 
 
 def sah_attention(
@@ -133,7 +160,7 @@ def sah_attention(
             at = (module.layer_idx, first_head(module, plan, query.shape[1]))
             if layer is None or state is None:
                 return attention_operator(query, key, value, *tensors, *numbers, *at), None
-            side = (layer.cumulative_length, state.names, state.tensors)
+            side = (layer.cumulative_length, state.layout, state.memory)
             return attention_with_state_operator(query, key, value, *tensors, *numbers, *at, *side), None
     attend = attend_uncompiled if compiling else attend_or_undo
     return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)

@@ -84,23 +84,23 @@ def attention_operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 @torch.library.custom_op(
     "sah::attention_with_state",
     mutates_args=("state",),
-    schema=f"({ARGUMENTS}, Tensor length, str names, Tensor(a!)[] state) -> Tensor",
+    schema=f"({ARGUMENTS}, Tensor length, str layout, Tensor(a!) state) -> Tensor",
 )
 def attention_with_state_operator(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     """As ``attention_operator``, for stacks with side data, which it appends to.
 
-    ``key`` is the buffer of a static cache, ``length`` how much of it is filled; ``state`` and ``names`` are a
-    ``StaticState``'s.
+    ``key`` is the buffer of a static cache, ``length`` how much of it is filled; ``state`` and ``layout`` are a
+    ``StaticState``'s ``memory`` and its layout.
     """
-    given, (length, names, tensors) = rest[:-3], rest[-3:]
+    given, (length, layout, memory) = rest[:-3], rest[-3:]
     keepers = plan_number(given[7]).keepers
     state: StaticState
     if key.device.type in CAPTURING:
-        state = CapturedState.over(keepers, names, tensors, length)
+        state = CapturedState.over(keepers, layout, memory, length)
     else:
-        state = StaticState.of(keepers, names, tensors)
+        state = StaticState.of(keepers, layout, memory)
         key, value, given = _until(int(length), key, value, *given)
     return run(_call(state, query, key, value, *given))[0].contiguous()
 

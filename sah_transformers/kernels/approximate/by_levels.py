@@ -96,7 +96,7 @@ def attend_by_levels(work: Work) -> None:
         "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
         "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
     }, work.keys, n.stride, n.pieces, n.chunks, n.bins)  # fmt: skip
-    mask, look = see(x, work.plan, work.launch, s["limits"])
+    mask, look = see(x, work.plan, work.launch, s)
     scoring = scoring.on(s, mask, look)
     of_method = {name: s[name] for name in own}
     method.look_up(work.launch, scoring, work.side, work.given, of_method)

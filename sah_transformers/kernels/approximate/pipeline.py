@@ -29,6 +29,7 @@ from sah_transformers.kernels.decode.kernel import (
     Scratch,
     bits_of,
     budgets,
+    limit_sizes,
     plan_of,
     power_of_2,
     see,
@@ -77,7 +78,7 @@ class Work:
         self.splits = self.split()
         parts = self.all_rows * self.splits
         layout = self.plan.layout(lambda: {
-            **sizes(), "limits": (5 * self.batch * self.rows, I32), "counts": (self.selections, I32),
+            **sizes(), **limit_sizes(self.x, self.plan), "counts": (self.selections, I32),
             "sums": (parts * self.value_dim, F32), "peaks": (parts, F32), "totals": (parts, F32),
         }, self.splits, *lengths)  # fmt: skip
         self.memory = scratch = Scratch(self.x.q.device, not self.launch.ready, layout)
@@ -140,7 +141,7 @@ def attend_pages(work: Work) -> None:
         "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
         "flags": (work.batch * work.rows * pages if masked else 1, I32),
     }, pages)  # fmt: skip
-    mask, look = see(x, plan, launch, s["limits"])
+    mask, look = see(x, plan, launch, s)
     slots = None
     if masked:
         slots = find_slots(work, pages * page)

@@ -133,28 +133,26 @@ def code_kernel(
     i_g, i_m = i_gm // M, i_gm % M
     o_s, o_c = tl.arange(0, BS), tl.arange(0, BC)
     i_book = (i_b * G + i_g) * M + i_m
-    unit = tl.load(step + i_book).to(tl.float64)
+    m_c = o_c < C
+    p_c = centroids + i_book * (C * S) + o_c[:, None] * S  # under way before it is known which key is new
+    b_c = tl.load(p_c + o_s[None, :], mask=m_c[:, None] & (o_s < SUB)[None, :], other=0.0)
+    b_last = tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=m_c & (S > SUB), other=0.0)
+    inverse = 1.0 / tl.load(step + i_book).to(tl.float64)  # of a power of two
     begin = tl.load(span) if POINT else span
     end = tl.load(span + 1) if POINT else span + n
+    b_c, b_last = b_c.to(tl.float64) * inverse, b_last.to(tl.float64) * inverse
+    b_square = tl.sum(b_c * b_c, 1) + b_last * b_last
     for i_k in tl.range(begin + i_n, end, n):
         i_key = tl.cast(i_k, tl.int64)
         p_key = keys + i_b * sk_b + i_g.to(tl.int64) * sk_g + i_key * sk_n + i_m * SUB
         b_x = tl.load(p_key + o_s, mask=o_s < SUB, other=0.0).to(tl.float64)
-        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)  # neither NaN nor Inf
-        b_x = b_x / unit
+        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0) * inverse  # neither NaN nor Inf
         coarse = tl.maximum(power_above(tl.max(tl.abs(b_x))) / 8388608.0, 1.0)
         b_x = even(b_x / coarse) * coarse
-        p_c = centroids + i_book * (C * S) + o_c[:, None] * S
-        m_c = (o_c < C)[:, None]
-        b_c = tl.load(p_c + o_s[None, :], mask=m_c & (o_s < SUB)[None, :], other=0.0).to(tl.float64) / unit
-        b_far = tl.sum(b_c * b_c, 1) - 2 * tl.sum(b_c * b_x[None, :], 1)
+        b_far = b_square - 2 * tl.sum(b_c * b_x[None, :], 1)
         if S > SUB:
             more = tl.maximum(tl.load(radius + i_book) - tl.sum(b_x * b_x), 0.0)
-            more = even(tl.sqrt(more))
-            b_more = (
-                tl.load(centroids + i_book * (C * S) + o_c * S + SUB, mask=o_c < C, other=0.0).to(tl.float64) / unit
-            )
-            b_far += b_more * b_more - 2 * b_more * more
+            b_far -= 2 * b_last * even(tl.sqrt(more))
         code = tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0)
         p = codes + i_b * sc_b + i_g.to(tl.int64) * sc_g + i_key * sc_n + i_m * sc_m
         tl.store(p, code.to(tl.uint8))

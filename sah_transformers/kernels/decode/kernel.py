@@ -14,7 +14,7 @@ from sah_transformers.kernels.decode.bracket import sample_keys_kernel, sample_s
 from sah_transformers.kernels.decode.combine import combine_kernel
 from sah_transformers.kernels.decode.gather import gather_group_kernel, gather_kernel, stream_kernel
 from sah_transformers.kernels.decode.histogram import histogram_kernel
-from sah_transformers.kernels.decode.limits import bounds_kernel
+from sah_transformers.kernels.decode.limits import bounds_kernel, count_kernel
 from sah_transformers.kernels.decode.score import score_kernel
 from sah_transformers.kernels.decode.stack import Stack, bits_of, power_of_2
 from sah_transformers.kernels.decode.threshold import threshold_kernel
@@ -24,6 +24,8 @@ POISON = os.environ.get("SAH_POISON") == "1"
 """For tests: scratch and output are filled with NaN before use."""
 
 MOST_SPLITS = 64  # of the bands
+
+SEGMENT = 1024  # keys of a mask that are counted together
 
 
 @dataclass
@@ -203,7 +205,14 @@ def budgets(stack: Stack) -> tuple[int, int, int, int]:
     return stack.first[0], bits_of(stack.first[1]), stack.last[0], bits_of(stack.last[1])
 
 
-def see(x: Inputs, plan: Plan, launch: Launcher, limits: Any) -> tuple[Any, tuple[int, int, int]]:
+def limit_sizes(x: Inputs, plan: Plan) -> Elements:
+    """Scratch that ``see`` needs."""
+    rows = x.q.shape[0] * x.q.shape[2]
+    counts = 1 if x.mask is None else rows * -(-plan.keys // SEGMENT)
+    return {"limits": (5 * rows, torch.int32), "counts_seen": (counts, torch.int32)}
+
+
+def see(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any]) -> tuple[Any, tuple[int, int, int]]:
     """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer."""
     if x.mask is None:
         return launch.address(x.q), (0, 0, 0)
@@ -211,11 +220,31 @@ def see(x: Inputs, plan: Plan, launch: Launcher, limits: Any) -> tuple[Any, tupl
     strides = x.mask.stride()
     look = (0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2])
     mask = launch.address(x.mask)
-    launch(
-        bounds_kernel, (batch * rows, 1, 1), mask, limits, keys, batch, *look, *budgets(x.stack), x.least,
-        Q=rows, CAUSAL=x.causal, SEGMENTS=min(1024, plan.keys // 16), LONGEST=max(16, plan.keys // 1024), warps=16,
-    )  # fmt: skip
+    bands = (*budgets(x.stack), x.least)
+    find_limits(launch, mask, s["counts_seen"], s["limits"], (batch, rows, keys), look, bands, x.causal, plan.keys)
     return mask, look
+
+
+def find_limits(
+    launch: Any, mask: Any, counts: Any, limits: Any, sizes: tuple[int, int, int], look: tuple[int, ...],
+    bands: tuple[int, ...], causal: bool, bound: int,
+) -> None:  # fmt: skip
+    """``limits [5, B*Q]`` of a mask's rows, see ``bounds_kernel``.
+
+    Args:
+        counts: int32 ``[B*Q, ceil(K / SEGMENT)]``, scratch; sizes: (B, Q, K); look: the mask's strides over them.
+        bound: at least K, a power of two.
+    """
+    batch, rows, keys = sizes
+    segments = -(-keys // SEGMENT)
+    launch(
+        count_kernel, (segments, batch * rows, 1), mask, counts, keys, segments, *look,
+        Q=rows, CAUSAL=causal, LENGTH=SEGMENT,
+    )  # fmt: skip
+    launch(
+        bounds_kernel, (batch * rows, 1, 1), mask, counts, limits, keys, batch, segments, *look, *bands,
+        Q=rows, CAUSAL=causal, SEGMENTS=max(16, bound // SEGMENT), LENGTH=SEGMENT,
+    )  # fmt: skip
 
 
 def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> None:
@@ -228,12 +257,12 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
     splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), t.band_programs // max(1, batch * groups * tiles)))
     parts = batch * heads * rows * splits
     layout = plan.layout(lambda: {
-        "limits": (5 * batch * rows, torch.int32), "sums": (parts * value_dim, torch.float32),
+        **limit_sizes(x, plan), "sums": (parts * value_dim, torch.float32),
         "peaks": (parts, torch.float32), "totals": (parts, torch.float32),
     }, keys)  # fmt: skip
     scratch = Scratch(x.q.device, not launch.ready, layout)
     s = scratch.arrays()
-    mask, look = see(x, plan, launch, s["limits"])
+    mask, look = see(x, plan, launch, s)
     launch(
         bands_kernel, (splits, batch * groups, tiles),
         launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"],
@@ -271,7 +300,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     packs = selections * splits * t.chunk
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
     layout = plan.layout(lambda: {
-        "limits": (5 * batch * rows, i32), "lines": (3 * selections, f32),
+        **limit_sizes(x, plan), "lines": (3 * selections, f32),
         "histogram": (selections * t.bins, i64 if mass else i32), "scores": (all_rows * stride, f32),
         "peaks": (all_rows * chunks, f32), "stats": (3 * all_rows, f32),
         "aboves": (selections * looks if after else all_rows * chunks, i32),
@@ -287,7 +316,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     scratch = Scratch(x.q.device, not launch.ready, layout)
     s = scratch.arrays()
     q, k, v = launch.address(x.q), launch.address(x.k), launch.address(x.v)
-    mask, look = see(x, plan, launch, s["limits"])
+    mask, look = see(x, plan, launch, s)
     bands, size = budgets(stack), (stack.size[0], bits_of(stack.size[1]))
     keyed = (*x.q.stride()[:3], *plan.steps(x.k), *look, x.scaling, x.softcap or 1.0, *bands)
     scored = {**plan.shape, **plan.dims, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit}

@@ -47,27 +47,38 @@ def limits_of(
     return n, first_end, last_start
 
 
-@triton.jit(do_not_specialize=["K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"])
+@triton.jit(do_not_specialize=["K", "stride", "sm_b", "sm_q"])
+def count_kernel(
+    mask, counts, K, stride, sm_b, sm_q, sm_k,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Visible keys of one segment of ``LENGTH`` keys of one row of a boolean mask: ``counts [B*Q, stride]``."""
+    i_s, i = tl.program_id(0), tl.program_id(1)
+    reach = reach_of(i % Q, K, Q, CAUSAL)
+    o_k = i_s * LENGTH + tl.arange(0, LENGTH)
+    p_mask = mask + (i // Q).to(tl.int64) * sm_b + i % Q * sm_q + o_k.to(tl.int64) * sm_k
+    b_n = (tl.load(p_mask, mask=o_k < reach, other=0) != 0).to(tl.int32)
+    tl.store(counts + i.to(tl.int64) * stride + i_s, tl.sum(b_n))
+
+
+@triton.jit(
+    do_not_specialize=["K", "B", "stride", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"]
+)
 def bounds_kernel(
-    mask, limits, K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
-    Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LONGEST: tl.constexpr,
+    mask, counts, limits, K, B, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Counts and bands of one row of a boolean mask, into ``limits [5, B*Q]``: n, first_end, last_start, begin, end.
 
-    A row that sees fewer than ``least`` keys takes all of them as "first". Keys are counted in ``SEGMENTS`` of at most
-    ``LONGEST``; then only those are looked at that hold the first, the last, or a band's last key.
+    A row that sees fewer than ``least`` keys takes all of them as "first". Of ``counts``' segments only those are
+    looked at that hold the first, the last, or a band's last key.
     """
     i = tl.program_id(0).to(tl.int64)
     i_b, i_q = i // Q, i % Q
     reach = reach_of(i_q.to(tl.int32), K, Q, CAUSAL)
     p_mask = mask + i_b * sm_b + i_q * sm_q
-    o_s, o_c = tl.arange(0, SEGMENTS), tl.arange(0, 16)
-    length = tl.cdiv(tl.cdiv(reach, SEGMENTS), 16) * 16
-    b_n = tl.zeros([SEGMENTS, 16], tl.int32)
-    for start in range(0, length, 16):
-        o_k = (o_s * length + start)[:, None] + o_c[None, :]
-        b_n += (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=o_k < reach, other=0) != 0).to(tl.int32)
-    b_count = tl.sum(b_n, 1)
+    o_s = tl.arange(0, SEGMENTS)
+    b_count = tl.load(counts + i * stride + o_s, mask=o_s < stride, other=0)
     n = tl.sum(b_count)
     n_first = size_of(n, first, first_share)
     n_before = n - size_of(n, last, last_share)
@@ -77,9 +88,8 @@ def bounds_kernel(
     m_before = b_seen[None, :] < b_rank[:, None]
     b_segment = tl.sum(m_before.to(tl.int32), 1)
     b_before = tl.max(tl.where(m_before, b_seen[None, :], 0), 1)
-    o_l = tl.arange(0, LONGEST)
-    o_k = (b_segment * length)[:, None] + o_l[None, :]
-    m_k = (b_segment < SEGMENTS)[:, None] & (o_l < length)[None, :] & (o_k < reach)
+    o_k = (b_segment * LENGTH)[:, None] + tl.arange(0, LENGTH)[None, :]
+    m_k = (b_segment < SEGMENTS)[:, None] & (o_k < reach)
     m_k = tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0
     m_k = m_k & (tl.cumsum(m_k.to(tl.int32), 1) + b_before[:, None] == b_rank[:, None])
     b_end = tl.max(tl.where(m_k, o_k + 1, 0), 1)  # behind each of the four, 0 where there is none
