@@ -165,7 +165,7 @@ def attend_pages(work: Work) -> None:
         work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
         **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
         HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
-        warps=32 if most_pages > 8192 else t.group_select_warps if work.selection.group else t.select_warps,
+        warps=t.wide_select_warps if most_pages > 8192 else t.group_select_warps if work.selection.group else t.select_warps,
     )  # fmt: skip
     work.gather(s, mask, look, slots, s["lists"], stride, page)
 
