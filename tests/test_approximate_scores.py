@@ -119,7 +119,8 @@ def scored(
     if mask is not None:
         look = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3))
         counts = empty(batch * rows * -(-keys // 1024), dtype=torch.int32)
-        find_limits(Direct(), mask, counts, limits, (batch, rows, keys), look, (*bands, 0), causal, 4096)
+        given = (counts, 0), (batch, rows, keys)
+        find_limits(Direct(), mask, counts, limits, *given, look, (*bands, 0), causal, 4096)
     lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
     call = Scoring(
         case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),

@@ -17,35 +17,48 @@ from sah_transformers.kernels.decode.values import weight_of
 def bands_of(
     limits, i_b, i_q, B, K, first_end, last_start, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr
 ):
-    """(begin, keys of the first band, start of the last band, keys of both, reach) of one row, as slots."""
-    reach = tl.minimum(reach_of(i_q, K, Q, CAUSAL), K)
-    begin, end = 0, reach
+    """(begin, keys of the first band, start of the last band, keys of both, end) of one row, as slots."""
+    begin, end = 0, tl.minimum(reach_of(i_q, K, Q, CAUSAL), K)
     if MASKED:
         begin = tl.load(limits + 3 * B * Q + i_b * Q + i_q)
         end = tl.minimum(end, tl.load(limits + 4 * B * Q + i_b * Q + i_q))
     head_end = tl.minimum(first_end, end)
     tail = tl.maximum(last_start, tl.maximum(head_end, begin))
     head = tl.maximum(head_end - begin, 0)
-    return begin, head, tail, head + tl.maximum(end - tail, 0), reach
+    return begin, head, tail, head + tl.maximum(end - tail, 0), end
+
+
+@triton.jit
+def shift_of(shifts, n, begin, end, i, MASKED: tl.constexpr, SLOTS: tl.constexpr):
+    """How far a token's slot lies behind its number, if row ``i`` sees all keys from ``begin`` to ``end``, else -1."""
+    if SLOTS:
+        shift = tl.load(shifts + i)
+    elif MASKED:
+        shift = tl.where(n == end - begin, 0, -1)
+    else:
+        shift = n * 0
+    return shift
 
 
 @triton.jit
 def keys_of(
-    lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, first_end, last_start, begin, head, tail,
-    banded, reach, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
+    lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, shift, first_end, last_start, begin, head,
+    tail, banded, end, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """(slots of the keys ``o_j`` of units ``o_u``, which of them the row attends to)."""
-    m_u = o_u < listed
+    m_u, m_bent = o_u < listed, o_u * 0 + shift < 0
     o_t = tl.load(lists + i_e.to(tl.int64) * stride + o_u, mask=m_u, other=0) * PAGE + o_j
     if SLOTS:
-        o_t = tl.load(slots + i_b.to(tl.int64) * tokens + o_t, mask=m_u & (o_j < PAGE), other=-1)
+        p_slot = slots + i_b.to(tl.int64) * tokens + o_t
+        o_t = tl.where(m_bent, tl.load(p_slot, mask=m_u & (o_j < PAGE) & m_bent, other=-1), o_t + shift)
     m_t = m_u & (o_j < PAGE) & (o_t >= first_end) & (o_t < last_start)
     o_n = (o_u - listed) * WIDE + o_j
     o_k = tl.where(m_u, o_t, tl.where(o_n < head, begin + o_n, tail + o_n - head))
-    m_k = (m_t | ((o_u >= listed) & (o_n < banded))) & (o_k < reach)
+    m_k = (m_t | ((o_u >= listed) & (o_n < banded))) & (o_k < end)
     if MASKED:
         p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
-        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+        m_k = m_k & (tl.load(p_mask, mask=m_k & m_bent, other=1) != 0)
     return o_k, m_k
 
 
@@ -68,7 +81,7 @@ def keys_of(
     ]
 )
 def gather_head_kernel(
-    q, k, v, mask, limits, lists, counts, slots, sums, peaks, totals,
+    q, k, v, mask, limits, lists, counts, slots, shifts, sums, peaks, totals,
     K, B, stride, tokens, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sv_b, sv_g, sv_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
@@ -80,10 +93,11 @@ def gather_head_kernel(
     splits = tl.num_programs(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     PRECISE: tl.constexpr = v.dtype.element_ty == tl.float32
-    _, first_end, last_start = limits_of(
+    n, first_end, last_start = limits_of(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
-    begin, head, tail, banded, reach = bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q, CAUSAL, MASKED)
+    begin, head, tail, banded, end = bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q, CAUSAL, MASKED)
+    shift = shift_of(shifts, n, begin, end, i_b * Q + i_q, MASKED, SLOTS)
     o_d, o_e, o = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, UNITS * WIDE)
     p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
     b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
@@ -99,8 +113,8 @@ def gather_head_kernel(
     peak = tl.full([], float("-inf"), tl.float32)
     for start in range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS):
         o_k, m_k = keys_of(
-            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, first_end,
-            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
+            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, shift,
+            first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
         if EVEN:
             m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
@@ -141,7 +155,7 @@ def gather_head_kernel(
     ]
 )
 def gather_group_kernel(
-    q, k, v, mask, limits, lists, counts, slots, sums, peaks, totals,
+    q, k, v, mask, limits, lists, counts, slots, shifts, sums, peaks, totals,
     K, B, stride, tokens, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sv_b, sv_g, sv_k, sm_b, sm_q, sm_k,
     scaling, softcap, first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
@@ -155,10 +169,11 @@ def gather_group_kernel(
     i_bg, i_q = i_e // Q, i_e % Q
     i_b, i_g = i_bg // G, i_bg % G
     PRECISE: tl.constexpr = v.dtype.element_ty == tl.float32
-    _, first_end, last_start = limits_of(
+    n, first_end, last_start = limits_of(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
-    begin, head, tail, banded, reach = bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q, CAUSAL, MASKED)
+    begin, head, tail, banded, end = bands_of(limits, i_b, i_q, B, K, first_end, last_start, Q, CAUSAL, MASKED)
+    shift = shift_of(shifts, n, begin, end, i_b * Q + i_q, MASKED, SLOTS)
     o_m, o_d, o_e, o = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, UNITS * WIDE)
     m_m = o_m < H // G
     p_q = q + i_b.to(tl.int64) * sq_b + (i_g * (H // G) + o_m)[:, None] * sq_h + i_q * sq_q
@@ -175,8 +190,8 @@ def gather_group_kernel(
     b_peak, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     for start in tl.range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS, num_stages=STAGES):
         o_k, m_k = keys_of(
-            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, first_end,
-            last_start, begin, head, tail, banded, reach, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
+            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, shift,
+            first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
         )  # fmt: skip
         if EVEN:
             m_k = m_k & (start + o // WIDE < (i_s + 1) * each)

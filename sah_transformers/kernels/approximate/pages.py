@@ -45,33 +45,58 @@ def page_score_kernel(
     tl.store(p_s, b_s, mask=m_m[:, None] & (o_p < stride)[None, :])
 
 
-@triton.jit(do_not_specialize=["K", "tokens", "sp_b"])
-def slots_kernel(positions, slots, K, tokens, sp_b, BLOCK: tl.constexpr):
-    """Where each real token lies: ``slots [B, tokens]`` from ``positions [B, K]``; the rest stays as it is."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_p = tl.load(positions + i_b * sp_b + o_k, mask=o_k < K, other=-1)
-    tl.store(slots + i_b * tokens + b_p, o_k, mask=b_p >= 0)
+@triton.jit
+def straight(limits, positions, i_b, i_q, B, sp_b, Q: tl.constexpr):
+    """How far the tokens' slots lie behind their numbers if a row sees all keys from its first to its last, and all
+    are real tokens, else -1."""
+    p = limits + i_b * Q + i_q
+    n, begin, end = tl.load(p), tl.load(p + 3 * B * Q), tl.load(p + 4 * B * Q)
+    whole = (n > 0) & (n == end - begin)
+    p_position = positions + i_b.to(tl.int64) * sp_b
+    token = tl.load(p_position + begin, mask=whole, other=-1).to(tl.int32)
+    last = tl.load(p_position + end - 1, mask=whole, other=-1).to(tl.int32)
+    return tl.where(whole & (token >= 0) & (last - token == n - 1), begin - token, -1)
+
+
+@triton.jit(do_not_specialize=["K", "B", "tokens", "sp_b"])
+def slots_kernel(limits, positions, slots, shifts, K, B, tokens, sp_b, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row, how its tokens lie: ``shifts [B*Q]`` (``straight``); where some row needs it, where each real token
+    lies: ``slots [B, tokens]`` from ``positions [B, K]``, the rest stays as it is."""
+    i_c, i_b = tl.program_id(0), tl.program_id(1)
+    least = K
+    for i_q in tl.static_range(Q):
+        shift = straight(limits, positions, i_b, i_q, B, sp_b, Q)
+        least = tl.minimum(least, shift)
+        if i_c == 0:
+            tl.store(shifts + i_b * Q + i_q, shift)
+    if least < 0:
+        o_k = i_c * BLOCK + tl.arange(0, BLOCK)
+        b_p = tl.load(positions + i_b.to(tl.int64) * sp_b + o_k, mask=o_k < K, other=-1)
+        tl.store(slots + i_b.to(tl.int64) * tokens + b_p, o_k, mask=b_p >= 0)
 
 
 @triton.jit(do_not_specialize=["K", "B", "P", "tokens", "sm_b", "sm_q"])
 def flags_kernel(
-    mask, limits, slots, flags, K, B, P, tokens, sm_b, sm_q, sm_k,
+    mask, limits, slots, shifts, flags, K, B, P, tokens, sm_b, sm_q, sm_k,
     Q: tl.constexpr, CAUSAL: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One row of a mask, ``BN`` pages: ``flags [B*Q, P]``, 1 if the row sees a key of the page, + 2 if a candidate."""
+    """One row of a mask, ``BN`` pages: ``flags [B*Q, P]``, 1 if the row sees a key of the page, + 2 if a candidate.
+
+    Nothing for rows that need none (``straight``).
+    """
     i = tl.program_id(1)
-    i_b, i_q = (i // Q).to(tl.int64), i % Q
-    o_p = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_j = tl.arange(0, WIDE)[None, :]
-    o_t = o_p[:, None] * PAGE + o_j
-    b_slot = tl.load(slots + i_b * tokens + o_t, mask=(o_p < P)[:, None] & (o_j < PAGE), other=-1)
-    m = (b_slot >= 0) & (b_slot < reach_of(i_q, K, Q, CAUSAL)) & (b_slot < K)
-    m = m & (tl.load(mask + i_b * sm_b + i_q * sm_q + b_slot.to(tl.int64) * sm_k, mask=m, other=0) != 0)
-    first_end, last_start = tl.load(limits + B * Q + i), tl.load(limits + 2 * B * Q + i)
-    m_free = m & (b_slot >= first_end) & (b_slot < last_start)
-    b_f = tl.max(m.to(tl.int32) + 2 * m_free.to(tl.int32), 1)  # a page with a candidate has a visible key
-    tl.store(flags + i.to(tl.int64) * P + o_p, b_f, mask=o_p < P)
+    if tl.load(shifts + i) < 0:
+        i_b, i_q = (i // Q).to(tl.int64), i % Q
+        o_p = tl.program_id(0) * BN + tl.arange(0, BN)
+        o_j = tl.arange(0, WIDE)[None, :]
+        o_t = o_p[:, None] * PAGE + o_j
+        b_slot = tl.load(slots + i_b * tokens + o_t, mask=(o_p < P)[:, None] & (o_j < PAGE), other=-1)
+        m = (b_slot >= 0) & (b_slot < reach_of(i_q, K, Q, CAUSAL)) & (b_slot < K)
+        m = m & (tl.load(mask + i_b * sm_b + i_q * sm_q + b_slot.to(tl.int64) * sm_k, mask=m, other=0) != 0)
+        first_end, last_start = tl.load(limits + B * Q + i), tl.load(limits + 2 * B * Q + i)
+        m_free = m & (b_slot >= first_end) & (b_slot < last_start)
+        b_f = tl.max(m.to(tl.int32) + 2 * m_free.to(tl.int32), 1)  # a page with a candidate has a visible key
+        tl.store(flags + i.to(tl.int64) * P + o_p, b_f, mask=o_p < P)
 
 
 @triton.jit(
@@ -89,7 +114,7 @@ def flags_kernel(
     ]
 )
 def select_pages_kernel(
-    scores, limits, flags, lists, counts, K, B, P, stride, scaling,
+    scores, limits, shifts, flags, lists, counts, K, B, P, stride, scaling,
     first, first_share, last, last_share, size, share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
@@ -107,19 +132,25 @@ def select_pages_kernel(
     )
     stride = stride // 16 * 16  # what lies behind the last page is read and not looked at
     o_p = tl.arange(0, PAGES)
+    start, stop, shift = 0, n, 0
     if MASKED:
-        b_f = tl.load(flags + (i_b * Q + i_q).to(tl.int64) * P + o_p, mask=o_p < P, other=0)
-        own = tl.max(tl.where(b_f >= 1, o_p, -1))
-        own_held = tl.max(((b_f >= 3) & (o_p == own)).to(tl.int32))
-        m_seen, m_held = (b_f >= 1) & (o_p != own), (b_f >= 3) & (o_p != own)
-        candidates = tl.sum(m_held.to(tl.int32))
-    else:
-        own = (n + PAGE - 1) // PAGE - 1
-        begin, end = first_end // PAGE, tl.where(first_end < last_start, (last_start + PAGE - 1) // PAGE, 0)
-        own_held = ((begin <= own) & (own < end)).to(tl.int32)
-        end = tl.minimum(end, own)
-        m_seen, m_held = o_p < own, (o_p >= begin) & (o_p < end)
-        candidates = tl.maximum(end - begin, 0)
+        i = i_b * Q + i_q
+        start, stop, shift = tl.load(limits + 3 * B * Q + i), tl.load(limits + 4 * B * Q + i), tl.load(shifts + i)
+        first_end, last_start = tl.maximum(first_end, start), tl.minimum(last_start, stop)
+    own = (stop - shift + PAGE - 1) // PAGE - 1
+    begin = (first_end - shift) // PAGE
+    end = tl.where(first_end < last_start, (last_start - shift + PAGE - 1) // PAGE, 0)
+    own_held = ((begin <= own) & (own < end)).to(tl.int32)
+    end = tl.minimum(end, own)
+    m_seen, m_held = (o_p >= (start - shift) // PAGE) & (o_p < own), (o_p >= begin) & (o_p < end)
+    candidates = tl.maximum(end - begin, 0)
+    if MASKED:  # noqa: SIM102 (shift is no constant)
+        if shift < 0:
+            b_f = tl.load(flags + i.to(tl.int64) * P + o_p, mask=o_p < P, other=0)
+            own = tl.max(tl.where(b_f >= 1, o_p, -1))
+            own_held = tl.max(((b_f >= 3) & (o_p == own)).to(tl.int32))
+            m_seen, m_held = (b_f >= 1) & (o_p != own), (b_f >= 3) & (o_p != own)
+            candidates = tl.sum(m_held.to(tl.int32))
     if GROUP:
         b_v = tl.zeros([PAGES], tl.float32)
         for i_h in range(0, H // G, HEADS):

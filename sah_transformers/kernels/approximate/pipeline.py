@@ -103,7 +103,7 @@ class Work:
         even = t.even and isinstance(self.selection, Estimated)
         common = (
             launch.address(x.q), launch.address(x.k), launch.address(x.v), mask, s["limits"], lists, s["counts"],
-            lists if slots is None else slots, s["sums"], s["peaks"], s["totals"],
+            *((lists, lists) if slots is None else (slots, s["shifts"])), s["sums"], s["peaks"], s["totals"],
             self.keys, self.batch, stride, tokens,
             *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look, x.scaling, x.softcap or 1.0, *self.bands,
         )  # fmt: skip
@@ -140,16 +140,24 @@ def attend_pages(work: Work) -> None:
     s = work.scratch(lambda: {
         "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
         "flags": (work.batch * work.rows * pages if masked else 1, I32),
+        "shifts": (work.batch * work.rows, I32),
     }, pages)  # fmt: skip
-    mask, look = see(x, plan, launch, s)
-    slots = None
+    slots, tokens = None, pages * page
     if masked:
-        slots = find_slots(work, pages * page)
+        work.slots = torch.empty((work.batch, tokens), dtype=I32, device=x.q.device)
+        slots = launch.address(work.slots)
+    mask, look = see(x, plan, launch, s, slots, tokens)
+    if masked:
+        assert work.positions is not None
+        launch(
+            slots_kernel, (-(-work.keys // 1024), work.batch, 1), s["limits"], launch.address(work.positions), slots,
+            s["shifts"], work.keys, work.batch, tokens, work.positions.stride(0), Q=work.rows, BLOCK=1024,
+        )  # fmt: skip
         wide = power_of_2(page)
         at_once = max(1, t.flag_pages * 16 // wide)
         launch(
-            flags_kernel, (-(-pages // at_once), work.batch * work.rows, 1), mask, s["limits"], slots, s["flags"],
-            work.keys, work.batch, pages, pages * page, *look,
+            flags_kernel, (-(-pages // at_once), work.batch * work.rows, 1), mask, s["limits"], slots, s["shifts"],
+            s["flags"], work.keys, work.batch, pages, tokens, *look,
             Q=work.rows, CAUSAL=x.causal, PAGE=page, WIDE=wide, BN=at_once,
         )  # fmt: skip
     tiles = -(-work.heads // work.groups * work.rows // plan.bm)
@@ -161,24 +169,13 @@ def attend_pages(work: Work) -> None:
     )  # fmt: skip
     most_pages = max(32, power_of_2(-(-plan.keys // page)))
     launch(
-        select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["flags"], s["lists"], s["counts"],
-        work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
+        select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["shifts"], s["flags"],
+        s["lists"], s["counts"], work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
         **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
         HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
-        warps=t.wide_select_warps if most_pages > 8192 else t.group_select_warps if work.selection.group else t.select_warps,
+        warps=32 if most_pages > 16384 else t.group_select_warps if work.selection.group else t.select_warps,
     )  # fmt: skip
     work.gather(s, mask, look, slots, s["lists"], stride, page)
-
-
-def find_slots(work: Work, tokens: int) -> Any:
-    """Where each real token of a sequence lies: int32 ``[B, tokens]``, -1 behind the last."""
-    assert work.positions is not None
-    work.slots = slots = torch.full((work.batch, tokens), -1, dtype=I32, device=work.x.q.device)
-    work.launch(
-        slots_kernel, (-(-work.keys // 1024), work.batch, 1), work.launch.address(work.positions),
-        work.launch.address(slots), work.keys, tokens, work.positions.stride(0), BLOCK=1024,
-    )  # fmt: skip
-    return work.launch.address(slots)
 
 
 def attend_rows(

@@ -12,8 +12,8 @@ class Tuning:
 
     Attributes:
         score_pages, score_warps: pages per program of the bounds.
-        select_warps, group_select_warps, wide_select_warps, select_scores: of the program that selects a row's pages,
-            of its group's, of more than 8,192; how many scores of heads it holds at once.
+        select_warps, group_select_warps, select_scores: of the program that selects a row's pages; how many scores of
+            heads it holds at once.
         flag_pages: pages per program that looks a mask up.
         head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
             registers per thread at most.
@@ -30,7 +30,6 @@ class Tuning:
     score_warps: int = 4
     select_warps: int = 8
     group_select_warps: int = 16
-    wide_select_warps: int = 32
     select_scores: int = 2**15
     flag_pages: int = 128
     head_keys: int = 32

@@ -212,8 +212,13 @@ def limit_sizes(x: Inputs, plan: Plan) -> Elements:
     return {"limits": (5 * rows, torch.int32), "counts_seen": (counts, torch.int32)}
 
 
-def see(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any]) -> tuple[Any, tuple[int, int, int]]:
-    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer."""
+def see(
+    x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any], slots: Any = None, tokens: int = 0
+) -> tuple[Any, tuple[int, int, int]]:
+    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer.
+
+    ``slots``: int32 ``[B, tokens]`` that become -1.
+    """
     if x.mask is None:
         return launch.address(x.q), (0, 0, 0)
     batch, rows, keys = x.q.shape[0], x.q.shape[2], x.k.shape[2]
@@ -221,24 +226,28 @@ def see(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any]) -> tuple[Any
     look = (0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2])
     mask = launch.address(x.mask)
     bands = (*budgets(x.stack), x.least)
-    find_limits(launch, mask, s["counts_seen"], s["limits"], (batch, rows, keys), look, bands, x.causal, plan.keys)
+    counts = s["counts_seen"]
+    given = (counts if slots is None else slots, tokens)
+    find_limits(launch, mask, counts, s["limits"], given, (batch, rows, keys), look, bands, x.causal, plan.keys)
     return mask, look
 
 
 def find_limits(
-    launch: Any, mask: Any, counts: Any, limits: Any, sizes: tuple[int, int, int], look: tuple[int, ...],
-    bands: tuple[int, ...], causal: bool, bound: int,
+    launch: Any, mask: Any, counts: Any, limits: Any, slots: tuple[Any, int], sizes: tuple[int, int, int],
+    look: tuple[int, ...], bands: tuple[int, ...], causal: bool, bound: int,
 ) -> None:  # fmt: skip
     """``limits [5, B*Q]`` of a mask's rows, see ``bounds_kernel``.
 
     Args:
-        counts: int32 ``[B*Q, ceil(K / SEGMENT)]``, scratch; sizes: (B, Q, K); look: the mask's strides over them.
+        counts: int32 ``[B*Q, ceil(K / SEGMENT)]``, scratch; slots: int32 ``[B, tokens]`` that become -1, and tokens.
+        sizes: (B, Q, K); look: the mask's strides over them.
         bound: at least K, a power of two.
     """
     batch, rows, keys = sizes
     segments = -(-keys // SEGMENT)
     launch(
-        count_kernel, (segments, batch * rows, 1), mask, counts, keys, segments, *look,
+        count_kernel, (-(-max(keys, slots[1]) // SEGMENT), batch * rows, 1), mask, counts, slots[0],
+        keys, segments, slots[1], *look,
         Q=rows, CAUSAL=causal, LENGTH=SEGMENT,
     )  # fmt: skip
     launch(

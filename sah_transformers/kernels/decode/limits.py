@@ -47,18 +47,21 @@ def limits_of(
     return n, first_end, last_start
 
 
-@triton.jit(do_not_specialize=["K", "stride", "sm_b", "sm_q"])
+@triton.jit(do_not_specialize=["K", "stride", "tokens", "sm_b", "sm_q"])
 def count_kernel(
-    mask, counts, K, stride, sm_b, sm_q, sm_k,
+    mask, counts, slots, K, stride, tokens, sm_b, sm_q, sm_k,
     Q: tl.constexpr, CAUSAL: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Visible keys of one segment of ``LENGTH`` keys of one row of a boolean mask: ``counts [B*Q, stride]``."""
+    """Visible keys of one segment of ``LENGTH`` keys of one row of a boolean mask: ``counts [B*Q, stride]``; and -1 to
+    as many of ``slots [B, tokens]``."""
     i_s, i = tl.program_id(0), tl.program_id(1)
     reach = reach_of(i % Q, K, Q, CAUSAL)
     o_k = i_s * LENGTH + tl.arange(0, LENGTH)
     p_mask = mask + (i // Q).to(tl.int64) * sm_b + i % Q * sm_q + o_k.to(tl.int64) * sm_k
     b_n = (tl.load(p_mask, mask=o_k < reach, other=0) != 0).to(tl.int32)
-    tl.store(counts + i.to(tl.int64) * stride + i_s, tl.sum(b_n))
+    tl.store(counts + i.to(tl.int64) * stride + i_s, tl.sum(b_n), mask=i_s < stride)
+    if i % Q == 0:
+        tl.store(slots + (i // Q).to(tl.int64) * tokens + o_k, tl.full([LENGTH], -1, tl.int32), mask=o_k < tokens)
 
 
 @triton.jit(
