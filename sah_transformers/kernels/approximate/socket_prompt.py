@@ -99,22 +99,24 @@ def prompt_kernel(
     o_n = (i_n * BN + tl.arange(0, BN)).to(tl.int64)
     o_d, o_v, o_p, o_w = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BP), tl.arange(0, BP // 32)
     m_n = o_n < n
-    p_x = keys + i_b * (sk_b * UNIT) + i_g * (sk_g * UNIT) + o_n[:, None] * (sk_n * UNIT) + o_d[None, :]
+    p_x = keys + (i_b * sk_b + i_g * sk_g) * UNIT + o_n[:, None] * (sk_n * UNIT) + o_d[None, :]
     b_x = tl.load(p_x, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
     x_0, x_1, x_2, x_3 = digits_of_keys(tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0))  # neither NaN nor Inf
     p_words = words + i_b * sw_b + i_g * sw_g + o_n[:, None] * STEP
     for i_p in tl.range(0, BITS, BP, num_stages=STAGES):
         p_digit = digits + (i_p + o_p)[None, :] * BD + o_d[:, None]
         w_0, w_1 = tl.load(p_digit), tl.load(p_digit + PLANES * BD)
-        b_s = carried(tl.dot(x_0, w_0, out_dtype=tl.int32), x_1, w_0, x_0, w_1)
-        b_s = carried(carried(b_s, x_2, w_0, x_1, w_1), x_3, w_0, x_2, w_1)
+        b_s = tl.dot(x_0, w_0, out_dtype=tl.int32)
+        b_s = carried(b_s, x_1, w_0, x_0, w_1)
+        b_s = carried(b_s, x_2, w_0, x_1, w_1)
+        b_s = carried(b_s, x_3, w_0, x_2, w_1)
         b_s = tl.dot(x_3, w_1, b_s >> 8, out_dtype=tl.int32)
         b_bit = tl.where(i_p + o_p < BITS, 1 << (o_p % 32), 0)
         b_bit = tl.where(b_s >= 0, b_bit[None, :], 0)
         p_word = p_words + (i_p // 32 + o_w).to(tl.int64)[None, :] * sw_w
         m_w = m_n[:, None] & (i_p + o_w * 32 < BITS)[None, :]
         tl.store(p_word, tl.sum(tl.reshape(b_bit, [BN, BP // 32, 32]), 2), mask=m_w)
-    p_v = values + i_b * (sv_b * UNIT) + i_g * (sv_g * UNIT) + o_n[:, None] * (sv_n * UNIT) + o_v[None, :]
+    p_v = values + (i_b * sv_b + i_g * sv_g) * UNIT + o_n[:, None] * (sv_n * UNIT) + o_v[None, :]
     b_v = tl.load(p_v, mask=m_n[:, None] & (o_v < DV)[None, :], other=0.0).to(tl.float64)
     p_norm = norm + i_b * sn_b + i_g * sn_g + o_n * sn_n
     tl.store(p_norm, tl.sqrt(tl.sum(b_v * b_v, 1)).to(tl.float32), mask=m_n)
