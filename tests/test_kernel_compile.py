@@ -212,7 +212,8 @@ def compiled(launch, architecture):
     from triton.compiler import ASTSource
 
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
-    names |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64"}
+    names |= {torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
+    names |= {torch.uint8: "*u8", torch.float64: "*fp64"}
     function = launch.kernel
     signature, constants, attributes = {}, {}, {}
     plain = set(function.do_not_specialize or ())

@@ -17,6 +17,10 @@ from sah_transformers.selections import Estimated, Selection
 
 WORD = 32
 
+GRID = 2.0**-12
+MOST = 2**15 - 129
+"""Hyperplanes are whole multiples of ``GRID``, at most ``MOST`` of it: two bytes, each with a sign, hold them."""
+
 ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 """Projections held at once, per device type."""
 
@@ -116,12 +120,13 @@ class SocketMasker(TopKMasker):
 def hyperplanes(layer_idx: int, tables: int, planes: int, dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The hyperplanes of a layer, ``[L, K, D]`` in float64: the same for all heads, devices and runs.
 
-    Standard normal numbers drawn in float32 on the CPU, in whole multiples of 2**-12: their products with a key on a
-    grid (``snap``) are exact, and a sign does not depend on how a matrix product was tiled.
+    Standard normal numbers drawn in float32 on the CPU, in whole multiples of ``GRID``: their products with a key on a
+    grid (``snap``) are exact, and a sign does not depend on how a matrix product was tiled. Of 1e15 numbers one would
+    lie beyond ``MOST``, at 7.97.
     """
     generator = torch.Generator().manual_seed(layer_idx)
     drawn = torch.randn(tables, planes, dim, generator=generator, dtype=torch.float32)
-    return ((drawn.double() * 2**12).round() / 2**12).to(device)
+    return ((drawn.double() / GRID).round().clamp(-MOST, MOST) * GRID).to(device)
 
 
 def snap(keys: torch.Tensor) -> torch.Tensor:

@@ -37,11 +37,11 @@ from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
+from sah_transformers.kernels.approximate.socket_prompt import append_many, digits_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.decode.values import even, power_above
-from sah_transformers.kernels.device import no_kernels
-from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes, pack, snap
+from sah_transformers.maskers.socket import SocketMaskerConfig, hyperplanes
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(1024, 1, 8), Tile(512, 1, 8), Tile(1024, 1, 4), Tile(2048, 1, 16))
 WHOLE_TILES = (Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(4096, 1, 16), Tile(2048, 1, 8), Tile(2048, 1, 16))
@@ -55,16 +55,19 @@ WHOLE_KEYS = 2**19
 
 @dataclass(frozen=True)
 class Given(shared.Given):
-    """Hyperplanes, float32 ``[L, K, D]``, contiguous (of ``socket.hyperplanes``, which float32 holds exactly); tau."""
+    """Hyperplanes, float32 ``[L, K, D]``, contiguous (of ``socket.hyperplanes``, which float32 holds exactly); tau; the
+    planes' digits (`socket_prompt.digits_of`)."""
 
     planes: torch.Tensor
     tau: float
+    digits: torch.Tensor
 
 
 @lru_cache(maxsize=1024)
 def given_of(config: SocketMaskerConfig, layer_idx: int, dim: int, device: torch.device) -> Given:
     """What the kernels need of a masker."""
-    return Given(hyperplanes(layer_idx, config.L, config.K, dim, device).float(), config.tau)
+    planes = hyperplanes(layer_idx, config.L, config.K, dim, device)
+    return Given(planes.float(), config.tau, digits_of(planes))
 
 
 def why_not(given: Given, dim: int) -> str:
@@ -176,17 +179,14 @@ def append(
     which float32 shows only where a square root lies within 1e-16 of the middle between two of its numbers.
     """
     words, norm = buffers["buckets"], buffers["norm"]
-    batch, groups, _, dim = keys.shape
     tables, planes, _ = given.planes.shape
-    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
-        flat = given.planes.double().flatten(0, 1).transpose(0, 1)
-        step = max(1, 2**24 // max(1, batch * groups * flat.shape[1]))
-        for begin in range(*span, step):
-            part = slice(begin, min(begin + step, span[1]))
-            words[:, :, part] = pack(snap(keys[:, :, part]) @ flat >= 0)
-        new = values[:, :, slice(*span)]
-        norm[:, :, slice(*span)] = torch.linalg.vector_norm(new, dim=-1, dtype=torch.float64).float()
+    if many(span):
+        part = slice(*span)
+        append_many(
+            keys[:, :, part], values[:, :, part], words[:, :, part], norm[:, :, part], given.digits, tables * planes
+        )
         return
+    batch, groups, _, dim = keys.shape
     launch = Direct()
     start, n = programs_of(launch, span)
     launch(
