@@ -19,8 +19,8 @@ rounded, v >= u |r|, K numbers, and let D be what the parts of W miss, L and H i
 
 and, of one output, the same with norms of its row. |silu'| <= 1.1; SiLU itself (an exponential of 2 units in the last
 place, of an argument rounded twice, a sum, a quotient of 2 units) adds 2**-23 K**.5 + 1.25 * 2**-22 |y|, whose last
-part counts for the next layer's n. All is linear: ``e' = gain (e + 2**-11 v) + c1 n + c2 v + c0``. Kernels evaluate it in float32,
-norms are rounded, exact integers are not quite reached: everything is enlarged by 2 %.
+part counts for the next layer's n. All is linear, ``e' = gain (e + 2**-11 v) + c1 n + c2 v + c0``. Kernels evaluate it
+in float32, norms are rounded, units do not quite reach their limits: everything is enlarged by 2 %.
 """
 
 from __future__ import annotations
