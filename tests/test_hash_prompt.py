@@ -53,7 +53,7 @@ def _several_programs(monkeypatch):
 @interpreter_test
 @pytest.mark.parametrize("tests", mostly_slow(["not slow", "slow"], "not slow"))
 def test_in_the_interpreter(tests):
-    passes_in_the_interpreter(__file__, "-m", tests, poison=True)
+    passes_in_the_interpreter(__file__, "-m", tests)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
