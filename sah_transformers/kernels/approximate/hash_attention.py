@@ -10,7 +10,7 @@ of 6.9 us each: three layers in float64, one program per head and key.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
+from sah_transformers.kernels.approximate.hash_digits import Digits, digits_of
+from sah_transformers.kernels.approximate.hash_layers import hash_one
+from sah_transformers.kernels.approximate.hash_prompt import fits, hash_prompt
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Levels, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.levels import keep_levels
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
@@ -42,6 +45,11 @@ class Given(shared.Given):
     query: Mlp
     key: Mlp
     bits: int
+
+    @cached_property
+    def digits(self) -> Digits:
+        """What prompts are hashed with."""
+        return digits_of(self.key)
 
 
 @lru_cache(maxsize=1024)
@@ -117,10 +125,12 @@ def append(
     Equal to the masker's: sums in float64 have another order here, which a sign sees within 1e-14 of zero.
     """
     storage = buffers["hash"]
-    if not isinstance(span, torch.Tensor) and (many(span) or no_kernels(keys)):
-        storage[:, :, slice(*span)] = hashes(keys[:, :, slice(*span)], given.key)
-    else:
+    if isinstance(span, torch.Tensor) or not (many(span) or no_kernels(keys)):
         _hash(Direct(), keys, given.key, storage, storage.stride(), span)
+    elif not no_kernels(keys) and fits(keys, given.key):
+        hash_prompt(keys[:, :, : span[1]], given.key, given.digits, storage, span[0])
+    else:
+        storage[:, :, slice(*span)] = hashes(keys[:, :, slice(*span)], given.key)
 
 
 def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, ...], span: Span) -> None:
@@ -139,32 +149,6 @@ def _hash(launch: Any, x: torch.Tensor, mlp: Mlp, out: Any, strides: tuple[int, 
     )  # fmt: skip
 
 
-@triton.jit
-def layer_of(weight, bias, i_s, IN: tl.constexpr, OUT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
-    """Weights ``[BI, BO]`` and biases ``[BO]`` of a layer, 0 beyond its sizes; ``weight [S, IN, OUT]``."""
-    o_i, o_o = tl.arange(0, BI), tl.arange(0, BO)
-    o_w = tl.max_contiguous(o_o, 2)  # four to a thread: twice as many threads would hold a sum, and work with it
-    p_w = weight + i_s * (IN * OUT) + o_i[:, None] * OUT + o_w[None, :]
-    b_w = tl.load(p_w, mask=(o_i < IN)[:, None] & (o_o < OUT)[None, :], other=0.0)
-    return b_w, tl.load(bias + i_s * OUT + o_o, mask=o_o < OUT, other=0.0)
-
-
-@triton.jit
-def through(b_x, b_w, b_b):
-    """``x @ w + b`` in float64."""
-    if b_w.dtype == tl.float32:  # its bits moved into a float64 are 2**-896 of it, in half the time of a conversion
-        b_i = (b_w.to(tl.int32, bitcast=True).to(tl.int64) << 29) & -0x7000000000000001
-        b_y = tl.sum(b_i.to(tl.float64, bitcast=True) * (b_x * 2.0**448)[:, None], 0) * 2.0**448
-    else:
-        b_y = tl.sum(b_w.to(tl.float64) * b_x[:, None], 0)
-    return b_y + b_b.to(tl.float64)
-
-
-@triton.jit
-def silu(b_x):
-    return b_x / (1.0 + tl.exp(-b_x))
-
-
 @triton.jit(do_not_specialize=["span", "n", "sx_b", "sx_h", "sx_n", "so_b", "so_h", "so_n", "so_w"])
 def hash_kernel(
     x, w0, b0, w1, b1, w2, b2, out, span, n, sx_b, sx_h, sx_n, so_b, so_h, so_n, so_w,
@@ -176,24 +160,12 @@ def hash_kernel(
     i_b, i_n = (i_bn // n).to(tl.int64), i_bn % n
     MOST: tl.constexpr = max(HEADS, SETS)
     i_s, i_x = i_h // (MOST // SETS), i_h // (MOST // HEADS)
-    o_d = tl.arange(0, BD)
     begin = tl.load(span) if POINT else span
     end = tl.load(span + 1) if POINT else span + n
     for i_k in tl.range(begin + i_n, end, n):  # nearly always once: weights kept from turn to turn would spill
         p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + tl.cast(i_k, tl.int64) * sx_n
-        b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-        b_w0, b_b0 = layer_of(w0, b0, i_s, D, H0, BD, B0)  # all are under way before the first is needed
-        b_w1, b_b1 = layer_of(w1, b1, i_s, H0, H1, B0, B1)
-        b_w2, b_b2 = layer_of(w2, b2, i_s, H1, BITS, B1, BB)
-        b_x = silu(through(b_x, b_w0, b_b0))
-        b_x = silu(through(b_x, b_w1, b_b1))
-        b_x = through(b_x, b_w2, b_b2)
-        o = tl.arange(0, BB)
-        b_bit = ((b_x >= 0) & (o < BITS)).to(tl.int32) << (o % 32)
-        b_word = tl.sum(tl.reshape(b_bit, (BB // 32, 32)), 1)
-        o_w = tl.arange(0, BB // 32)
-        p_out = out + i_b * so_b + i_h.to(tl.int64) * so_h + tl.cast(i_k, tl.int64) * so_n + o_w * so_w
-        tl.store(p_out, b_word, mask=o_w < (BITS + 31) // 32)
+        p_out = out + i_b * so_b + i_h.to(tl.int64) * so_h + tl.cast(i_k, tl.int64) * so_n
+        hash_one(p_x, w0, b0, w1, b1, w2, b2, p_out, so_w, i_s, D, H0, H1, BITS, BD, B0, B1, BB)
 
 
 @triton.jit(
