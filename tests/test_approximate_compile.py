@@ -49,10 +49,10 @@ def side_of(name, module, B, H, G, K, D, apart):
 
 def launches(
     name, tile=None, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, masses=True, bins=1024,
-    summed=False, apart=True,
+    summed=False, apart=True, coarse=False,
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
-    from sah_transformers.kernels.approximate.launch import Levels, Scoring
+    from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring
     from sah_transformers.kernels.approximate.methods import tiles_of
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
@@ -70,7 +70,7 @@ def launches(
         tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, 0,
         tensor(B, Q, K, dtype=torch.bool), (Q * K, K, 1), tensor(1, dtype=torch.int32), tensor(1), tensor(1),
         tensor(1, dtype=torch.int32), tensor(1), tensor(1, dtype=torch.int32), tensor(1), 0.1, (128, 0, 128, 0),
-        True, masked, masses, bins, summed,
+        True, masked, masses, bins, summed, coarse,
     )  # fmt: skip
     assert module.why_not(given, D) == ""
     tile = tile or tiles_of(module, call, given)[0]
@@ -78,6 +78,9 @@ def launches(
     scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)
+    if coarse:
+        i32 = torch.int32
+        module.settle(Recorder(), call, side, given, scratch, Edges(tensor(1, dtype=i32), tensor(1, dtype=i32), 9, 5))
     levels = module.levels(call, given)
     if levels:
         arrays = tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)

@@ -25,6 +25,7 @@ warp reads 128 bytes in a row, and does not touch 23 lines.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,8 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.coarse import Coarse, coarse_of, coarse_score, numbers_of, products_of
+from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
@@ -48,6 +50,8 @@ WHOLE_TILES = (Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(4096, 1, 16), Tile(2048
 PIECE = 4
 MOST_HEADS = 8
 """Rows of a program: their sums stay in registers."""
+SETTLED = 32
+"""Keys of a program that makes coarse scores exact."""
 WHOLE_PLANES = (4, 12)
 WHOLE_KEYS = 2**19
 """From how many keys of all KV heads on, rounded up to a power of two, tables of whole buckets pay."""
@@ -79,6 +83,7 @@ class Cut:
     Attributes:
         whole: whether buckets are looked up as a whole, the heads summed.
         bits, pieces: of the tables that are made once per row; heads: of a KV head, at_once: of a program.
+        coarse: how float16 numbers are looked up, those of four heads at once.
     """
 
     whole: bool
@@ -86,11 +91,17 @@ class Cut:
     pieces: int
     heads: int
     at_once: int
+    coarse: Coarse | None
 
     @property
     def room(self) -> int:
         """Numbers of a hash table for ``at_once`` heads."""
         return self.pieces * 2**self.bits * (self.at_once if self.whole else 2 * -(-self.at_once // 2))
+
+    @property
+    def coarse_room(self) -> int:
+        """Float16 numbers of a hash table for ``at_once`` heads."""
+        return self.pieces * 2**self.bits * 4 * -(-self.at_once // 4)
 
 
 def cut(call: Scoring, given: Given) -> Cut:
@@ -100,7 +111,18 @@ def cut(call: Scoring, given: Given) -> Cut:
     whole = call.summed and fewest <= planes <= most and many
     pieces = 2 if whole else -(-planes // PIECE)
     at_once = heads if call.summed else max(n for n in range(1, min(MOST_HEADS, heads) + 1) if heads % n == 0)
-    return Cut(whole, -(-planes // pieces), pieces, heads, at_once)
+    return Cut(whole, -(-planes // pieces), pieces, heads, at_once, coarse_of(*given.planes.shape[:2], given.tau) if call.coarse else None)
+
+
+def error(call: Scoring, given: Given) -> float:
+    """How far scores of a coarse call may be off, relatively; 0 where they do not pay.
+
+    They halve the look-ups of three heads and more.
+    """
+    coarse = coarse_of(*given.planes.shape[:2], given.tau)
+    pays = coarse is not None and not call.summed and cut(call, given).at_once > 2
+    return coarse.error if coarse is not None and pays else 0.0
+
 
 
 def tiles(call: Scoring, given: Given) -> tuple[Tile, ...]:
@@ -113,6 +135,7 @@ def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[
     tables, planes, _ = given.planes.shape
     return {
         "table": (owners * tables * c.room, torch.float32),
+        "coarse": (owners * tables * c.coarse_room if c.coarse else 1, torch.float16),
         "chances": (call.q.shape[:3].numel() * tables * planes * 2, torch.float64),
     }
 
@@ -120,16 +143,18 @@ def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[
 def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any]) -> None:
     """Probabilities of pieces of buckets, float32 ``[B * G * Q, heads // at_once, L, pieces, at_once, 2**bits]``.
 
-    Unless buckets are looked up as a whole, those of two heads lie side by side: ``[..., at_once / 2, 2**bits, 2]``.
+    Unless buckets are looked up as a whole, those of two heads lie side by side: ``[..., at_once / 2, 2**bits, 2]``;
+    coarse ones, of four heads, are float16 ``[..., at_once / 4, 2**bits, 4]``, times ``2**scale``.
     """
     c = cut(call, given)
     _, heads, rows, dim = call.q.shape
     tables, planes, _ = given.planes.shape
     launch(
         pieces_kernel, (tables, call.q.shape[:3].numel(), 1), launch.address(call.q), launch.address(given.planes),
-        s["chances"], s["table"], *call.q.stride()[:3], 2.0 / given.tau,
+        s["chances"], s["table"], s["coarse"], *call.q.stride()[:3], 2.0 / given.tau,
         H=heads, G=call.groups, Q=rows, L=tables, K=planes, D=dim, BD=power_of_2(dim), BK=power_of_2(planes),
-        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole, warps=1,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole,
+        COARSE=c.coarse_room if c.coarse else 0, SCALE=c.coarse.scale if c.coarse else 0, warps=1,
     )  # fmt: skip
 
 
@@ -143,11 +168,33 @@ def score(
     launch(
         bucket_score_kernel,
         (call.stride // tile.span, call.q.shape[0] * call.groups, call.q.shape[2] * (c.heads // c.at_once)),
-        launch.address(words), launch.address(norm), s["table"], *call.arrays(), *call.numbers(tile),
+        launch.address(words), launch.address(norm), s["coarse" if c.coarse else "table"],
+        *call.arrays(), *call.numbers(tile),
         *steps(words, unit), words.stride(3), *steps(norm, unit),
         **call.shape(), L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run_of(tables, planes),
-        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, WHOLE=c.whole, SUM=call.summed,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.coarse_room if c.coarse else c.room,
+        WHOLE=c.whole, SUM=call.summed, **numbers_of(c.coarse), ASM=not call.q.is_cpu,
         STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+    )  # fmt: skip
+
+
+def settle(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], edges: Edges
+) -> None:
+    """Exact scores of the keys of edges, in place of coarse ones."""
+    c = cut(call, given)
+    batch, heads, rows, _ = call.q.shape
+    tables, planes, _ = given.planes.shape
+    words, norm = side["buckets"], side["norm"]
+    unit = unit_of(words, norm)
+    run = run_of(tables, planes)
+    launch(
+        settle_kernel, (max(1, min(64, power_of_2(call.keys) // 2048)), batch * heads * rows, 1),
+        launch.address(words), launch.address(norm), s["table"], call.scores, edges.cuts, edges.lists,
+        call.stride // 16, edges.wide, edges.longest, *steps(words, unit), words.stride(3), *steps(norm, unit),
+        H=heads, G=call.groups, Q=rows, L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, STEP=words.stride(2), NORM_STEP=norm.stride(2),
+        UNIT=unit, RUNS=min(16, power_of_2(tables // run)), BN=SETTLED, warps=4,
     )  # fmt: skip
 
 
@@ -240,12 +287,13 @@ def bucket_kernel(
 
 @triton.jit(do_not_specialize=["sharpness"])
 def pieces_kernel(
-    q, planes, chances, table, sq_b, sq_h, sq_q, sharpness,
+    q, planes, chances, table, coarse, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr,
-    ROOM: tl.constexpr, PAIRED: tl.constexpr,
+    ROOM: tl.constexpr, PAIRED: tl.constexpr, COARSE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table.
+    ``COARSE``: float16 numbers of a hash table, if there are any.
 
     ``chances [R, L, K, 2]`` are the probabilities that the query falls on the - and + side of each plane: float64.
     """
@@ -279,7 +327,12 @@ def pieces_kernel(
             o_out = (i * ((AT_ONCE + 1) // 2) + i_one // 2) * 2 ** (BITS + 1) + 2 * o_e + i_one % 2
         else:
             o_out = (i * AT_ONCE + i_one) * 2**BITS + o_e
-        tl.store(p_table + o_out, b_p.to(tl.float32), mask=o_e < 2 ** min(BITS, K - i * BITS))
+        m_e = o_e < 2 ** min(BITS, K - i * BITS)
+        tl.store(p_table + o_out, b_p.to(tl.float32), mask=m_e)
+        if COARSE:
+            p_coarse = coarse + (i_owner.to(tl.int64) * L + i_l) * COARSE
+            o_out = (i * ((AT_ONCE + 3) // 4) + i_one // 4) * 2 ** (BITS + 2) + 4 * o_e + i_one % 4
+            tl.store(p_coarse + o_out, (b_p.to(tl.float32) * 2.0**SCALE).to(tl.float16), mask=m_e)
 
 
 @triton.jit
@@ -345,6 +398,43 @@ def look_pieces_up(
 
 
 @triton.jit
+def look_coarse_pieces_up(
+    p_key, m_k, p_coarse, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """`look_pieces_up` in float16: one look-up brings a piece of four heads."""
+    SIZE: tl.constexpr = 2**BITS
+    FOURS: tl.constexpr = (AT_ONCE + 3) // 4
+    o = tl.arange(0, 4 * SIZE)  # of up to four pieces
+    p_fours = p_coarse.to(tl.pointer_type(tl.int64))
+    sums = none()
+    for _ in tl.static_range(4 * FOURS):
+        sums = more(sums, tl.zeros([BN], tl.float32))
+    for i_l in tl.range(0, L, RUN):
+        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
+        for i_run in tl.static_range(RUN):
+            places = none()
+            for i_p in tl.static_range(4):  # what is not looked at is not looked up
+                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
+                places = more(places, b_e + i_p * SIZE)
+            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
+            b_place = tl.reshape(b_place, [4 * BN])
+            grown = none()
+            for i_four in tl.static_range(FOURS):
+                b_t = tl.load(p_fours + (o // SIZE * FOURS + i_four) * SIZE + o % SIZE, mask=o < PIECES * SIZE, other=0)
+                b_first, b_second = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2]))
+                b_0, b_1 = tl.split(b_first)
+                b_2, b_3 = tl.split(b_second)
+                products = products_of((b_0, b_1, b_2, b_3), PIECES, HALF, ASM)
+                for i_h in tl.static_range(4):
+                    grown = more(grown, sums[4 * i_four + i_h] + products[i_h])
+            sums = grown
+            p_fours += PIECES * FOURS * SIZE
+    return sums
+
+
+@triton.jit
 def piece_of(b_bits, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
     """Up to ``BITS`` bits of buckets from ``FIRST`` on: int32."""
     return (b_bits >> FIRST).to(tl.int32) & (2 ** min(BITS, PLANES - FIRST) - 1)
@@ -404,10 +494,10 @@ def bucket_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr, COUNT: tl.constexpr,
+    WHOLE: tl.constexpr, SUM: tl.constexpr, LEAST: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
+    ASM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys.
+    """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys. With ``LEAST`` the table is of float16.
 
     A thread has all heads of its keys, so that a bucket is cut out of the words once; ``RUN`` tables share two words.
     """
@@ -430,6 +520,10 @@ def bucket_score_kernel(
         p_key = p_words + o_k.to(tl.int64) * STEP
         if WHOLE:
             sums = more(none(), look_buckets_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, AT_ONCE, BN))
+        elif LEAST > 0:
+            sums = look_coarse_pieces_up(
+                p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN, HALF, ASM
+            )  # fmt: skip
         else:
             sums = look_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         b_norm = tl.load(p_norm + o_k.to(tl.int64) * NORM_STEP, mask=m_k, other=0.0)
@@ -439,7 +533,11 @@ def bucket_score_kernel(
             if SUM and not WHOLE:
                 for i in tl.static_range(1, AT_ONCE):
                     b_s = b_s + sums[i]
-            b_s = (b_s * b_norm)[None, :]
+            if LEAST > 0:
+                b_s = coarse_score(b_s * 2.0 ** -(SCALE * PIECES), b_norm, LEAST)
+            else:
+                b_s = b_s * b_norm
+            b_s = b_s[None, :]
             o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
             o_q, o_r, m_m, first_end, last_start, reach = rows_of(
                 limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
@@ -457,3 +555,47 @@ def bucket_score_kernel(
         close_tally(
             b_peak, b_one, b_two, peaks, aboves, masses, i_bg * IN_GROUP + o_m, o_m >= 0, i_c, chunks, R, MASSES, BINS
         )
+
+
+@triton.jit(do_not_specialize=["stride", "wide", "longest", "sw_b", "sw_g", "sw_w", "sn_b", "sn_g"])
+def settle_kernel(
+    words, norm, table, scores, cuts, lists, stride, wide, longest, sw_b, sw_g, sw_w, sn_b, sn_g,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
+    RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
+    STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One row, every ``tl.num_programs(0)``-th ``BN`` keys of its edge: their exact scores."""
+    PIECE_ROOM: tl.constexpr = (AT_ONCE + 1) // 2 * 2 ** (BITS + 1)
+    i_e = tl.program_id(1)
+    E = tl.num_programs(1)
+    i_b, i_h, i_q = i_e // (H * Q), i_e // Q % H, i_e % Q
+    i_g, i_own = i_h // (H // G), i_h % (H // G)
+    i_owner = ((i_b * G + i_g) * Q + i_q) * (H // G // AT_ONCE) + i_own // AT_ONCE
+    i_one = i_own % AT_ONCE
+    p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
+    p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
+    p_table = table + i_owner.to(tl.int64) * (L * ROOM) + i_one // 2 * 2 ** (BITS + 1) + i_one % 2
+    p_list = lists + i_e.to(tl.int64) * wide + longest
+    at = tl.where(tl.load(cuts + 3 * E + i_e) > 0, tl.load(cuts + 4 * E + i_e), 0)
+    o = tl.arange(0, RUNS * BN)  # neighbouring threads have neighbouring keys: they look up in the same lines of memory
+    for start in range(tl.program_id(0) * BN, at, tl.num_programs(0) * BN):
+        o_k = start + tl.arange(0, BN)
+        b_k = tl.load(p_list + o_k, mask=o_k < at, other=0).to(tl.int64)
+        m = start + o % BN < at
+        p_key = p_words + tl.load(p_list + start + o % BN, mask=m, other=0).to(tl.int64) * STEP
+        b_s = tl.zeros([RUNS * BN], tl.float32)
+        for first in range(0, L, RUNS * RUN):
+            o_l = first + o // BN * RUN
+            m_l = m & (o_l < L)
+            b_bits = buckets_of(p_key, m_l, o_l, sw_w, PLANES, WORDS)
+            for i_run in tl.static_range(RUN):
+                p_l = p_table + (o_l + i_run) * ROOM
+                b_e = piece_of(b_bits >> (i_run * PLANES), 0, PLANES, BITS)
+                b_p = tl.load(p_l + 2 * b_e, mask=m_l, other=0.0)
+                for i_p in tl.static_range(1, PIECES):
+                    b_e = piece_of(b_bits >> (i_run * PLANES), i_p * BITS, PLANES, BITS)
+                    b_p = b_p * tl.load(p_l + i_p * PIECE_ROOM + 2 * b_e, mask=m_l, other=0.0)
+                b_s += b_p
+        b_norm = tl.load(p_norm + b_k * NORM_STEP, mask=o_k < at, other=0.0)
+        b_s = tl.sum(tl.reshape(b_s, [RUNS, BN]), 0) * b_norm
+        tl.store(scores + i_e.to(tl.int64) * (stride * 16) + b_k, b_s, mask=o_k < at)
