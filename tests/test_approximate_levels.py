@@ -168,7 +168,7 @@ def test_logarithmic(data, budget):
 
 
 def by_coarse_scores(exact, budget, error, least=0.0, **options):
-    """(lists, the slow cut's lists) where levels know scores that are off by up to ``error``, below ``least`` by more."""
+    """(lists, the slow cut's lists) by scores off by up to ``error``, below ``least`` by more."""
     off = 1 + (torch.rand(exact.shape, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE) - 0.5) * error
     coarse = torch.where(exact < least, -least, (exact * off).clamp(max=torch.finfo(torch.float32).max))
     coarse[exact == float("-inf")] = float("-inf")

@@ -335,12 +335,12 @@ COARSE = {
 @pytest.mark.parametrize("kind", mostly_slow([*COARSE], "heads of a group"))
 def test_coarse_scores(kind, half, monkeypatch):
     """Within the bound of their error, of either way, even where they would not be used; others are marked."""
-    from sah_transformers.kernels.approximate.coarse import PIECE, bounds
+    from sah_transformers.kernels.approximate.coarse import bounds
 
     for shape, options in COARSE[kind]:
         config = {**CONFIGS["socket"], **options}
         case = Case(config, **{"K": 100, "H": 4, "G": 1, **shape})
-        way = bounds(config["L"], -(-config["K"] // PIECE), half)
+        way = bounds(config["L"], -(-config["K"] // case.module.PIECE), half)
         monkeypatch.setattr(case.module, "coarse_of", lambda *numbers, way=way: way)
         call, truth, *_ = scored(case, masses=False, bins=0, coarse=True)
         coarse, exact = call.scores[:, :, :100].double()

@@ -88,12 +88,13 @@ def attend_by_levels(work: Work) -> None:
     error = method.error(scoring, work.given) if n.bins == 16 and hasattr(method, "error") else 0.0
     scoring = replace(scoring.long(n.stride), coarse=error > 0)
     own = method.scratch(scoring, work.side, work.given)
+    counts = work.selections * n.chunks * n.counted * (2 if error else 1)
     scored = 0 if n.whole else work.selections if scoring.summed else work.all_rows
     s = work.scratch(lambda: {
         "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
         "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
         "lines": (3 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
-        "levels": (work.selections * n.stride, U8), "histogram": (work.selections * n.chunks * n.counted * (2 if error else 1), I32),
+        "levels": (work.selections * n.stride, U8), "histogram": (counts, I32),
         "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
         "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
     }, work.keys, n.stride, n.pieces, n.chunks, n.bins)  # fmt: skip

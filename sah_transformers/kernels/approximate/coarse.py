@@ -1,7 +1,9 @@
-"""SOCKET's coarse scores: sums of products of float16 probabilities, four of them in 8 bytes, with a bound of the error.
+"""SOCKET's coarse scores, of probabilities in float16, with a bound of their error, and the exact ones of a row's edge.
 
 A probability may be off by half a unit of float16, relatively and, next to 0, in absolute terms. All are positive: so a
-sum may be off by as much relatively, once it is large beside what is lost next to 0 (``Coarse.least``).
+sum of products is off by a few such units, relatively, once it is large beside what is lost next to 0
+(``Coarse.least``). Smaller sums are known to be small, no more. Levels take both into account (`levels.level_kernel`):
+the keys that are selected are those of exact scores.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-PIECE = 4
-"""Bits of a bucket that a look-up takes at most."""
+from sah_transformers.kernels.approximate.buckets import buckets_of, piece_of
+
 ROUNDING, SMALLEST = 2.0**-11, 2.0**-25
 """What rounding to float16 changes: relatively, and of numbers next to 0."""
 TINY, MOST = tl.constexpr(2.0**-100), tl.constexpr(3.4028234663852886e38)
@@ -38,13 +40,13 @@ class Coarse:
 
 
 @lru_cache(maxsize=64)
-def coarse_of(tables: int, planes: int, tau: float) -> Coarse | None:
+def coarse_of(tables: int, planes: int, pieces: int, tau: float) -> Coarse | None:
     """What is precise enough where keys are likely to be cut: at buckets one bit away from the query's, or at sums of
     smaller probabilities where these buckets are too few."""
     near, other = tables * (planes + 1) / 2**planes, math.exp(-2 / tau)
     for half in (True, False):
-        coarse = bounds(tables, -(-planes // PIECE), half)
-        if other >= 4 * coarse.least and (not half or (planes > PIECE and near > 0.1)):
+        coarse = bounds(tables, pieces, half)
+        if other >= 4 * coarse.least and (not half or (pieces > 1 and near > 0.1)):
             return coarse
     return None
 
@@ -74,74 +76,45 @@ def coarse_score(b_s, b_norm, LEAST: tl.constexpr):
     return tl.where(m_sure, b_v, -b_v)
 
 
-@triton.jit
-def products_of(pieces, PIECES: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
-    """The products over ``PIECES`` of four heads in float32; with ``HALF`` the first of two factors are float16."""
-    if HALF and PIECES > 1:
-        b_0, b_1, b_2, b_3 = two_pieces_of(pieces[0], pieces[1], ASM)
-    else:
-        b_0, b_1, b_2, b_3 = one_piece_of(pieces[0], ASM)
-    if HALF and PIECES == 4:
-        b_4, b_5, b_6, b_7 = two_pieces_of(pieces[2], pieces[3], ASM)
-        b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-    else:
-        for i in tl.static_range(2 if HALF else 1, PIECES):
-            b_4, b_5, b_6, b_7 = one_piece_of(pieces[i], ASM)
-            b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-    return b_0, b_1, b_2, b_3
-
-
-@triton.jit
-def one_piece_of(b_x, ASM: tl.constexpr):
-    """The four float16 numbers in int64, as float32.
-
-    In Triton's words every number would be shifted to the lower end of its register first, or next to that of another
-    key, hence the assembler (not for the interpreter).
-    """
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 x, y; .reg .b16 a, b;
-            mov.b64 {x, y}, $4;
-            mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;
-            mov.b32 {a, b}, y; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }""",
-            "=&f,=&f,=&f,=&f,l",
-            [b_x],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        b_0, b_1, b_2, b_3 = halves_of(b_x)
-        return b_0.to(tl.float32), b_1.to(tl.float32), b_2.to(tl.float32), b_3.to(tl.float32)
-
-
-@triton.jit
-def two_pieces_of(b_x, b_y, ASM: tl.constexpr):
-    """The products of the four float16 numbers in both int64, rounded to float16, as float32."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 x, y, z, w; .reg .b16 a, b;
-            mov.b64 {x, y}, $4; mov.b64 {z, w}, $5;
-            mul.rn.f16x2 x, x, z; mul.rn.f16x2 y, y, w;
-            mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;
-            mov.b32 {a, b}, y; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }""",
-            "=&f,=&f,=&f,=&f,l,l",
-            [b_x, b_y],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        b_0, b_1, b_2, b_3 = halves_of(b_x)
-        b_4, b_5, b_6, b_7 = halves_of(b_y)
-        b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-        return b_0.to(tl.float32), b_1.to(tl.float32), b_2.to(tl.float32), b_3.to(tl.float32)
-
-
-@triton.jit
-def halves_of(b_x):
-    """The four float16 numbers in int64."""
-    b_0, b_1 = b_x.to(tl.int16), (b_x >> 16).to(tl.int16)
-    b_2, b_3 = (b_x >> 32).to(tl.int16), (b_x >> 48).to(tl.int16)
-    b_0, b_1 = b_0.to(tl.float16, bitcast=True), b_1.to(tl.float16, bitcast=True)
-    return b_0, b_1, b_2.to(tl.float16, bitcast=True), b_3.to(tl.float16, bitcast=True)
+@triton.jit(do_not_specialize=["stride", "wide", "longest", "sw_b", "sw_g", "sw_w", "sn_b", "sn_g"])
+def settle_kernel(
+    words, norm, table, scores, cuts, lists, stride, wide, longest, sw_b, sw_g, sw_w, sn_b, sn_g,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
+    RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
+    STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One row, every ``tl.num_programs(0)``-th ``BN`` keys of its edge: their exact scores."""
+    PIECE_ROOM: tl.constexpr = (AT_ONCE + 1) // 2 * 2 ** (BITS + 1)
+    i_e = tl.program_id(1)
+    E = tl.num_programs(1)
+    i_b, i_h, i_q = i_e // (H * Q), i_e // Q % H, i_e % Q
+    i_g, i_own = i_h // (H // G), i_h % (H // G)
+    i_owner = ((i_b * G + i_g) * Q + i_q) * (H // G // AT_ONCE) + i_own // AT_ONCE
+    i_one = i_own % AT_ONCE
+    p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
+    p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
+    p_table = table + i_owner.to(tl.int64) * (L * ROOM) + i_one // 2 * 2 ** (BITS + 1) + i_one % 2
+    p_list = lists + i_e.to(tl.int64) * wide + longest
+    at = tl.where(tl.load(cuts + 3 * E + i_e) > 0, tl.load(cuts + 4 * E + i_e), 0)
+    o = tl.arange(0, RUNS * BN)  # neighbouring threads have neighbouring keys: they look up in the same lines of memory
+    for start in range(tl.program_id(0) * BN, at, tl.num_programs(0) * BN):
+        o_k = start + tl.arange(0, BN)
+        b_k = tl.load(p_list + o_k, mask=o_k < at, other=0).to(tl.int64)
+        m = start + o % BN < at
+        p_key = p_words + tl.load(p_list + start + o % BN, mask=m, other=0).to(tl.int64) * STEP
+        b_s = tl.zeros([RUNS * BN], tl.float32)
+        for first in range(0, L, RUNS * RUN):
+            o_l = first + o // BN * RUN
+            m_l = m & (o_l < L)
+            b_bits = buckets_of(p_key, m_l, o_l, sw_w, PLANES, WORDS)
+            for i_run in tl.static_range(RUN):
+                p_l = p_table + (o_l + i_run) * ROOM
+                b_e = piece_of(b_bits >> (i_run * PLANES), 0, PLANES, BITS)
+                b_p = tl.load(p_l + 2 * b_e, mask=m_l, other=0.0)
+                for i_p in tl.static_range(1, PIECES):
+                    b_e = piece_of(b_bits >> (i_run * PLANES), i_p * BITS, PLANES, BITS)
+                    b_p = b_p * tl.load(p_l + i_p * PIECE_ROOM + 2 * b_e, mask=m_l, other=0.0)
+                b_s += b_p
+        b_norm = tl.load(p_norm + b_k * NORM_STEP, mask=o_k < at, other=0.0)
+        b_s = tl.sum(tl.reshape(b_s, [RUNS, BN]), 0) * b_norm
+        tl.store(scores + i_e.to(tl.int64) * (stride * 16) + b_k, b_s, mask=o_k < at)

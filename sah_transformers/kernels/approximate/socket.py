@@ -25,8 +25,7 @@ warp reads 128 bytes in a row, and does not touch 23 lines.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +34,14 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.coarse import Coarse, coarse_of, coarse_score, numbers_of, products_of
+from sah_transformers.kernels.approximate.buckets import (
+    look_buckets_up,
+    look_coarse_pieces_up,
+    look_pieces_up,
+    more,
+    none,
+)
+from sah_transformers.kernels.approximate.coarse import Coarse, coarse_of, coarse_score, numbers_of, settle_kernel
 from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
@@ -111,18 +117,17 @@ def cut(call: Scoring, given: Given) -> Cut:
     whole = call.summed and fewest <= planes <= most and many
     pieces = 2 if whole else -(-planes // PIECE)
     at_once = heads if call.summed else max(n for n in range(1, min(MOST_HEADS, heads) + 1) if heads % n == 0)
-    return Cut(whole, -(-planes // pieces), pieces, heads, at_once, coarse_of(*given.planes.shape[:2], given.tau) if call.coarse else None)
+    coarse = coarse_of(given.planes.shape[0], planes, pieces, given.tau) if call.coarse else None
+    return Cut(whole, -(-planes // pieces), pieces, heads, at_once, coarse)
 
 
 def error(call: Scoring, given: Given) -> float:
-    """How far scores of a coarse call may be off, relatively; 0 where they do not pay.
+    """How far scores of the call may be off, relatively, if it is coarse; 0 where that does not pay.
 
-    They halve the look-ups of three heads and more.
+    It halves the look-ups of three heads and more.
     """
-    coarse = coarse_of(*given.planes.shape[:2], given.tau)
-    pays = coarse is not None and not call.summed and cut(call, given).at_once > 2
-    return coarse.error if coarse is not None and pays else 0.0
-
+    c = cut(replace(call, coarse=True), given)
+    return c.coarse.error if c.coarse and c.at_once > 2 and not call.summed else 0.0
 
 
 def tiles(call: Scoring, given: Given) -> tuple[Tile, ...]:
@@ -135,7 +140,7 @@ def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[
     tables, planes, _ = given.planes.shape
     return {
         "table": (owners * tables * c.room, torch.float32),
-        "coarse": (owners * tables * c.coarse_room if c.coarse else 1, torch.float16),
+        **({"coarse": (owners * tables * c.coarse_room, torch.float16)} if c.coarse else {}),
         "chances": (call.q.shape[:3].numel() * tables * planes * 2, torch.float64),
     }
 
@@ -151,7 +156,7 @@ def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Gi
     tables, planes, _ = given.planes.shape
     launch(
         pieces_kernel, (tables, call.q.shape[:3].numel(), 1), launch.address(call.q), launch.address(given.planes),
-        s["chances"], s["table"], s["coarse"], *call.q.stride()[:3], 2.0 / given.tau,
+        s["chances"], s["table"], s["coarse" if c.coarse else "table"], *call.q.stride()[:3], 2.0 / given.tau,
         H=heads, G=call.groups, Q=rows, L=tables, K=planes, D=dim, BD=power_of_2(dim), BK=power_of_2(planes),
         BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole,
         COARSE=c.coarse_room if c.coarse else 0, SCALE=c.coarse.scale if c.coarse else 0, warps=1,
@@ -335,153 +340,6 @@ def pieces_kernel(
             tl.store(p_coarse + o_out, (b_p.to(tl.float32) * 2.0**SCALE).to(tl.float16), mask=m_e)
 
 
-@triton.jit
-def none():
-    """No tensors: what ``more`` begins with."""
-    return ()
-
-
-@triton.jit
-def more(tensors, b_x):
-    """``tensors`` and one more; a tuple stays in registers, and loops may carry it."""
-    return tensors + (b_x,)  # noqa: RUF005 (Triton does not unpack)
-
-
-@triton.jit
-def buckets_of(p_key, m_k, i_l, sw_w, PLANES: tl.constexpr, WORDS: tl.constexpr):
-    """The bits of keys from table ``i_l`` on: uint64."""
-    begin = i_l * PLANES
-    i_w = begin // 32
-    b_bits = tl.load(p_key + i_w * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    b_more = tl.load(p_key + tl.minimum(i_w + 1, WORDS - 1) * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True)
-    return (b_bits | (b_more.to(tl.uint64) << 32)) >> (begin % 32)
-
-
-@triton.jit
-def look_pieces_up(
-    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sums over tables of each head: a tuple of ``AT_ONCE`` and up to three more.
-
-    The pieces of four heads lie in shared memory at a time; one look-up brings a piece of two heads.
-    """
-    SIZE: tl.constexpr = 2**BITS
-    PAIRS: tl.constexpr = (AT_ONCE + 1) // 2
-    o = tl.arange(0, 8 * SIZE)  # of up to four pieces the numbers of two pairs
-    i_piece, i_two = o // (2 * SIZE), o // SIZE % 2
-    p_pairs = p_table.to(tl.pointer_type(tl.int64))
-    sums = none()
-    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
-        sums = more(sums, tl.zeros([BN], tl.float32))
-    for i_l in tl.range(0, L, RUN):
-        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
-        for i_run in tl.static_range(RUN):
-            places = none()
-            for i_p in tl.static_range(4):  # what is not looked at is not looked up
-                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
-                places = more(places, b_e + i_p * 2 * SIZE)
-            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
-            b_place = tl.reshape(tl.join(b_place, b_place + SIZE), [8 * BN])
-            grown = none()
-            for i_pair in tl.static_range(0, PAIRS, 2):
-                p_o = p_pairs + (i_piece * PAIRS + i_pair + i_two) * SIZE + o % SIZE
-                b_t = tl.load(p_o, mask=(i_piece < PIECES) & (i_pair + i_two < PAIRS), other=0)
-                b_x, b_y = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2, 2]))
-                b_one, b_two = product_of(b_x, PIECES)
-                grown = more(more(grown, sums[2 * i_pair] + b_one), sums[2 * i_pair + 1] + b_two)
-                b_one, b_two = product_of(b_y, PIECES)
-                grown = more(more(grown, sums[2 * i_pair + 2] + b_one), sums[2 * i_pair + 3] + b_two)
-            sums = grown
-            p_pairs += PIECES * PAIRS * SIZE
-    return sums
-
-
-@triton.jit
-def look_coarse_pieces_up(
-    p_key, m_k, p_coarse, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """`look_pieces_up` in float16: one look-up brings a piece of four heads."""
-    SIZE: tl.constexpr = 2**BITS
-    FOURS: tl.constexpr = (AT_ONCE + 3) // 4
-    o = tl.arange(0, 4 * SIZE)  # of up to four pieces
-    p_fours = p_coarse.to(tl.pointer_type(tl.int64))
-    sums = none()
-    for _ in tl.static_range(4 * FOURS):
-        sums = more(sums, tl.zeros([BN], tl.float32))
-    for i_l in tl.range(0, L, RUN):
-        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
-        for i_run in tl.static_range(RUN):
-            places = none()
-            for i_p in tl.static_range(4):  # what is not looked at is not looked up
-                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
-                places = more(places, b_e + i_p * SIZE)
-            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
-            b_place = tl.reshape(b_place, [4 * BN])
-            grown = none()
-            for i_four in tl.static_range(FOURS):
-                b_t = tl.load(p_fours + (o // SIZE * FOURS + i_four) * SIZE + o % SIZE, mask=o < PIECES * SIZE, other=0)
-                b_first, b_second = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2]))
-                b_0, b_1 = tl.split(b_first)
-                b_2, b_3 = tl.split(b_second)
-                products = products_of((b_0, b_1, b_2, b_3), PIECES, HALF, ASM)
-                for i_h in tl.static_range(4):
-                    grown = more(grown, sums[4 * i_four + i_h] + products[i_h])
-            sums = grown
-            p_fours += PIECES * FOURS * SIZE
-    return sums
-
-
-@triton.jit
-def piece_of(b_bits, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
-    """Up to ``BITS`` bits of buckets from ``FIRST`` on: int32."""
-    return (b_bits >> FIRST).to(tl.int32) & (2 ** min(BITS, PLANES - FIRST) - 1)
-
-
-@triton.jit
-def product_of(b_x, PIECES: tl.constexpr):
-    """The products over pieces ``[BN, 2, 2]`` of both heads."""
-    b_first, b_second = tl.split(b_x)
-    b_0, b_1 = tl.split(b_first)
-    b_2, b_3 = tl.split(b_second)
-    pieces = (b_0, b_1, b_2, b_3)
-    b_one, b_two = two_of(b_0)
-    for i in tl.static_range(1, PIECES):
-        b_p, b_r = two_of(pieces[i])
-        b_one, b_two = b_one * b_p, b_two * b_r
-    return b_one, b_two
-
-
-@triton.jit
-def two_of(b_x):
-    """The float32 numbers in the lower and upper halves of int64."""
-    return b_x.to(tl.int32).to(tl.float32, bitcast=True), (b_x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def look_buckets_up(
-    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sums over tables and heads. All buckets of a table, the heads summed, lie in shared memory at a time."""
-    o_e = tl.arange(0, 2 ** (PLANES - 2))[:, None]  # four buckets with the same upper piece
-    o_low, o_high = (o_e % 2 ** (BITS - 2)) * 4 + tl.arange(0, 4)[None, :], o_e >> (BITS - 2)
-    b_s = tl.zeros([BN], tl.float32)
-    for i_l in tl.range(0, L, RUN):
-        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
-        for i_run in tl.static_range(RUN):
-            b_sum = tl.zeros([2 ** (PLANES - 2), 4], tl.float32)
-            for i_h in tl.static_range(AT_ONCE):
-                b_low = tl.load(p_table + i_h * 2**BITS + o_low)
-                b_sum += b_low * tl.load(p_table + (AT_ONCE + i_h) * 2**BITS + o_high)
-            b_e = (b_bits >> (i_run * PLANES)).to(tl.int32) & (2**PLANES - 1)
-            b_s += tl.gather(tl.reshape(b_sum, [2**PLANES]), b_e, 0)
-            p_table += 2 * AT_ONCE * 2**BITS
-    return b_s
-
-
 @triton.jit(
     do_not_specialize=[
         "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sw_b", "sw_g",
@@ -495,7 +353,8 @@ def bucket_score_kernel(
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
     WHOLE: tl.constexpr, SUM: tl.constexpr, LEAST: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-    ASM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
+    ASM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys. With ``LEAST`` the table is of float16.
 
@@ -555,47 +414,3 @@ def bucket_score_kernel(
         close_tally(
             b_peak, b_one, b_two, peaks, aboves, masses, i_bg * IN_GROUP + o_m, o_m >= 0, i_c, chunks, R, MASSES, BINS
         )
-
-
-@triton.jit(do_not_specialize=["stride", "wide", "longest", "sw_b", "sw_g", "sw_w", "sn_b", "sn_g"])
-def settle_kernel(
-    words, norm, table, scores, cuts, lists, stride, wide, longest, sw_b, sw_g, sw_w, sn_b, sn_g,
-    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
-    RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
-    STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """One row, every ``tl.num_programs(0)``-th ``BN`` keys of its edge: their exact scores."""
-    PIECE_ROOM: tl.constexpr = (AT_ONCE + 1) // 2 * 2 ** (BITS + 1)
-    i_e = tl.program_id(1)
-    E = tl.num_programs(1)
-    i_b, i_h, i_q = i_e // (H * Q), i_e // Q % H, i_e % Q
-    i_g, i_own = i_h // (H // G), i_h % (H // G)
-    i_owner = ((i_b * G + i_g) * Q + i_q) * (H // G // AT_ONCE) + i_own // AT_ONCE
-    i_one = i_own % AT_ONCE
-    p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
-    p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
-    p_table = table + i_owner.to(tl.int64) * (L * ROOM) + i_one // 2 * 2 ** (BITS + 1) + i_one % 2
-    p_list = lists + i_e.to(tl.int64) * wide + longest
-    at = tl.where(tl.load(cuts + 3 * E + i_e) > 0, tl.load(cuts + 4 * E + i_e), 0)
-    o = tl.arange(0, RUNS * BN)  # neighbouring threads have neighbouring keys: they look up in the same lines of memory
-    for start in range(tl.program_id(0) * BN, at, tl.num_programs(0) * BN):
-        o_k = start + tl.arange(0, BN)
-        b_k = tl.load(p_list + o_k, mask=o_k < at, other=0).to(tl.int64)
-        m = start + o % BN < at
-        p_key = p_words + tl.load(p_list + start + o % BN, mask=m, other=0).to(tl.int64) * STEP
-        b_s = tl.zeros([RUNS * BN], tl.float32)
-        for first in range(0, L, RUNS * RUN):
-            o_l = first + o // BN * RUN
-            m_l = m & (o_l < L)
-            b_bits = buckets_of(p_key, m_l, o_l, sw_w, PLANES, WORDS)
-            for i_run in tl.static_range(RUN):
-                p_l = p_table + (o_l + i_run) * ROOM
-                b_e = piece_of(b_bits >> (i_run * PLANES), 0, PLANES, BITS)
-                b_p = tl.load(p_l + 2 * b_e, mask=m_l, other=0.0)
-                for i_p in tl.static_range(1, PIECES):
-                    b_e = piece_of(b_bits >> (i_run * PLANES), i_p * BITS, PLANES, BITS)
-                    b_p = b_p * tl.load(p_l + i_p * PIECE_ROOM + 2 * b_e, mask=m_l, other=0.0)
-                b_s += b_p
-        b_norm = tl.load(p_norm + b_k * NORM_STEP, mask=o_k < at, other=0.0)
-        b_s = tl.sum(tl.reshape(b_s, [RUNS, BN]), 0) * b_norm
-        tl.store(scores + i_e.to(tl.int64) * (stride * 16) + b_k, b_s, mask=o_k < at)
