@@ -19,17 +19,20 @@ FORMS = {
     "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
     "summed": {"summed": True, "masses": False},
     "summed, few keys": {"summed": True, "masses": False, "K": 1024},
+    "coarse": {"coarse": True, "masses": False, "bins": 0},
+    "coarse, 7 heads": {"coarse": True, "masses": False, "bins": 0, "H": 28, "G": 4, "masked": True, "apart": False},
+    "coarse, in float32": {"coarse": True, "masses": False, "bins": 0, "planes": 16, "K": 4096},
 }
-USUAL = ("masses", "peaks, masked", "summed")
+USUAL = ("masses", "peaks, masked", "summed", "coarse")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
-SUMMED = ("hash_attention", "socket")
+SUMMED, COARSE = ("hash_attention", "socket"), ("socket",)
 
 
 def tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def side_of(name, module, B, H, G, K, D, apart):
+def side_of(name, module, B, H, G, K, D, apart, planes=12):
     """(side data, what the kernels need besides)."""
     i32, u8, f16 = torch.int32, torch.uint8, torch.float16
     if name == "hash_attention":
@@ -43,13 +46,14 @@ def side_of(name, module, B, H, G, K, D, apart):
         radius = None if apart else tensor(B, G, 2, dtype=torch.float64)
         book = tensor(B, G, 2, 64, D // 2 + (radius is not None)), tensor(B, G, 2), tensor(B, dtype=torch.bool)
         return {"codes": tensor(B, G, K, 2, dtype=u8)}, module.Given(*book, radius)
-    words = tensor(B, G, 23, K, dtype=i32).mT if apart else tensor(B, G, K, 23, dtype=i32)
-    return {"buckets": words, "norm": tensor(B, G, K)}, module.Given(tensor(60, 12, D), 0.3)
+    count = -(-60 * planes // 32)
+    words = tensor(B, G, count, K, dtype=i32).mT if apart else tensor(B, G, K, count, dtype=i32)
+    return {"buckets": words, "norm": tensor(B, G, K)}, module.Given(tensor(60, planes, D), 0.3)
 
 
 def launches(
     name, tile=None, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, masses=True, bins=1024,
-    summed=False, apart=True, coarse=False,
+    summed=False, apart=True, coarse=False, planes=12,
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
     from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring
@@ -65,7 +69,7 @@ def launches(
         def __call__(self, kernel, grid, *args, warps=4, **constants):
             recorded.append(Launch(kernel, args, constants, warps, {}))
 
-    side, given = side_of(name, module, B, H, G, K, D, apart)
+    side, given = side_of(name, module, B, H, G, K, D, apart, planes)
     call = Scoring(
         tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, 0,
         tensor(B, Q, K, dtype=torch.bool), (Q * K, K, 1), tensor(1, dtype=torch.int32), tensor(1), tensor(1),
@@ -79,8 +83,8 @@ def launches(
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)
     if coarse:
-        i32 = torch.int32
-        module.settle(Recorder(), call, side, given, scratch, Edges(tensor(1, dtype=i32), tensor(1, dtype=i32), 9, 5))
+        edges = Edges(tensor(1, dtype=torch.int32), tensor(1, dtype=torch.int32), 9, 5)
+        module.settle(Recorder(), call, side, given, scratch, edges)
     levels = module.levels(call, given)
     if levels:
         arrays = tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)
@@ -113,7 +117,8 @@ def main(architectures, verbose, usual):
     for architecture in architectures:
         for name in METHODS:
             for form, options in FORMS.items():
-                if (options.get("summed") and name not in SUMMED) or (usual and form not in USUAL):
+                none = (options.get("summed") and name not in SUMMED) or (options.get("coarse") and name not in COARSE)
+                if none or (usual and form not in USUAL):
                     continue
                 for launch in launches(name, **options):
                     result = compiled(launch, architecture)
@@ -125,7 +130,7 @@ def main(architectures, verbose, usual):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    compiles(__file__, architecture, 53, 29, "--quiet")
+    compiles(__file__, architecture, 65, 33, "--quiet")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Scoring:
         scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
         masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
         bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
-        coarse: scores may be off by the method's ``error``.
+        coarse: whether scores may be off by the method's ``error``.
     """
 
     q: torch.Tensor

@@ -10,6 +10,9 @@ makes the edge long, which costs time and nothing else.
 bracket resolves a 512th of what the sample spans, and bent where the sample has the cut. Simulated edges of SOCKET at
 131,072 keys: 364 to 1,585 keys (straight 432 to 2,052; through the values up to 127,000), summed 316 to 1,177; on a GPU
 some rows had more than 2,048.
+
+Scores may be coarse (SOCKET's, see `coarse.py`): a key has the lowest and the highest level of its exact score, and the
+edge all keys that are neither in nor out at any of them. The method makes their scores exact before they are cut.
 """
 
 import triton

@@ -19,6 +19,14 @@ from the sm_90 code:
   one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
 - tables: 3 to 5 us, before 11: a probability is computed by one thread instead of all 32 (840 instructions, not 4,000).
 
+Not measured yet: coarse scores first (`coarse.py`), for three heads and more of a KV head. Probabilities are float16,
+those of four heads in 8 bytes: three look-ups instead of six. Expected of 131,072 keys, instead of the 132 us:
+
+- 6 turns for them, 1.5 as before, 27.4 instructions (28 if none were multiplied in float16: 33.4): 64 and 58 us, **75 to
+  85 us**; 0.7 us more for two levels of a key.
+- exact scores of an edge, 400 to 1,000 keys of a row: 23 words, each in a sector of its own, 9 to 24 MB; 57 turns per
+  key, 3 to 8 us: **5 to 10 us**.
+
 A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
 warp reads 128 bytes in a row, and does not touch 23 lines.
 """
