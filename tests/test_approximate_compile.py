@@ -21,7 +21,7 @@ FORMS = {
     "summed, few keys": {"summed": True, "masses": False, "K": 1024},
     "coarse": {"coarse": True, "masses": False, "bins": 0},
     "coarse, 7 heads": {"coarse": True, "masses": False, "bins": 0, "H": 28, "G": 4, "masked": True, "apart": False},
-    "coarse, in float32": {"coarse": True, "masses": False, "bins": 0, "planes": 16, "K": 4096},
+    "coarse, 16 planes": {"coarse": True, "masses": False, "bins": 0, "planes": 16, "K": 4096},
 }
 USUAL = ("masses", "peaks, masked", "summed", "coarse")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")

@@ -68,17 +68,17 @@ def look_pieces_up(
 
 @triton.jit
 def look_coarse_pieces_up(
-    p_key, m_k, p_coarse, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
-    ASM: tl.constexpr,
+    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`look_pieces_up` in float16: one look-up brings a piece of four heads."""
+    """`look_pieces_up` with 16 bits of a number: one look-up brings a piece of four heads."""
     SIZE: tl.constexpr = 2**BITS
-    FOURS: tl.constexpr = (AT_ONCE + 3) // 4
+    PAIRS: tl.constexpr = (AT_ONCE + 1) // 2
     o = tl.arange(0, 4 * SIZE)  # of up to four pieces
-    p_fours = p_coarse.to(tl.pointer_type(tl.int64))
+    m_piece = o < PIECES * SIZE
+    p_pairs = p_table.to(tl.pointer_type(tl.int64)) + (o // SIZE * PAIRS * SIZE + o % SIZE)
     sums = none()
-    for _ in tl.static_range(4 * FOURS):
+    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
         sums = more(sums, tl.zeros([BN], tl.float32))
     for i_l in tl.range(0, L, RUN):
         b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
@@ -90,17 +90,46 @@ def look_coarse_pieces_up(
             b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
             b_place = tl.reshape(b_place, [4 * BN])
             grown = none()
-            for i_four in tl.static_range(FOURS):
-                b_t = tl.load(p_fours + (o // SIZE * FOURS + i_four) * SIZE + o % SIZE, mask=o < PIECES * SIZE, other=0)
-                b_first, b_second = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2]))
-                b_0, b_1 = tl.split(b_first)
-                b_2, b_3 = tl.split(b_second)
-                products = products_of((b_0, b_1, b_2, b_3), PIECES, HALF, ASM)
-                for i_h in tl.static_range(4):
-                    grown = more(grown, sums[4 * i_four + i_h] + products[i_h])
+            for i_pair in tl.static_range(0, PAIRS, 2):
+                b_t = short(tl.load(p_pairs + i_pair * SIZE, mask=m_piece, other=0)).to(tl.uint32).to(tl.int64)
+                if i_pair + 1 < PAIRS:
+                    b_t |= short(tl.load(p_pairs + (i_pair + 1) * SIZE, mask=m_piece, other=0)).to(tl.int64) << 32
+                b_x, b_y = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2]))
+                b_0, b_1 = tl.split(b_x)
+                b_2, b_3 = tl.split(b_y)
+                pieces = (b_0, b_1, b_2, b_3)
+                products = four_of(b_0)
+                for i in tl.static_range(1, PIECES):
+                    products = times(products, four_of(pieces[i]))
+                for i in tl.static_range(4):
+                    grown = more(grown, sums[2 * i_pair + i] + products[i])
             sums = grown
-            p_fours += PIECES * FOURS * SIZE
+            p_pairs += PIECES * PAIRS * SIZE
     return sums
+
+
+@triton.jit
+def short(b_x):
+    """The two float32 numbers in int64, not negative, in int32: the second in the lower 16 bits, the first as a whole.
+
+    Each is off by at most half of the last of 16 bits: what the second adds to the first is known when that is rounded.
+    """
+    b_one, b_two = b_x.to(tl.int32), (b_x >> 32).to(tl.int32)
+    b_two = (b_two + 0x8000) >> 16
+    return ((b_one - b_two + 0x8000) & -0x10000) | b_two
+
+
+@triton.jit
+def four_of(b_x):
+    """The float32 numbers of two `short` in int64."""
+    b_one, b_two = b_x.to(tl.int32), (b_x >> 32).to(tl.int32)
+    b_0, b_1 = b_one.to(tl.float32, bitcast=True), (b_one << 16).to(tl.float32, bitcast=True)
+    return b_0, b_1, b_two.to(tl.float32, bitcast=True), (b_two << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def times(one, two):
+    return one[0] * two[0], one[1] * two[1], one[2] * two[2], one[3] * two[3]
 
 
 @triton.jit
@@ -149,76 +178,3 @@ def look_buckets_up(
             b_s += tl.gather(tl.reshape(b_sum, [2**PLANES]), b_e, 0)
             p_table += 2 * AT_ONCE * 2**BITS
     return b_s
-
-
-@triton.jit
-def products_of(pieces, PIECES: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
-    """The products over ``PIECES`` of four heads in float32; with ``HALF`` the first of two factors are float16."""
-    if HALF and PIECES > 1:
-        b_0, b_1, b_2, b_3 = two_pieces_of(pieces[0], pieces[1], ASM)
-    else:
-        b_0, b_1, b_2, b_3 = one_piece_of(pieces[0], ASM)
-    if HALF and PIECES == 4:
-        b_4, b_5, b_6, b_7 = two_pieces_of(pieces[2], pieces[3], ASM)
-        b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-    else:
-        for i in tl.static_range(2 if HALF else 1, PIECES):
-            b_4, b_5, b_6, b_7 = one_piece_of(pieces[i], ASM)
-            b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-    return b_0, b_1, b_2, b_3
-
-
-@triton.jit
-def one_piece_of(b_x, ASM: tl.constexpr):
-    """The four float16 numbers in int64, as float32.
-
-    In Triton's words every number would be shifted to the lower end of its register first, or next to that of another
-    key, hence the assembler (not for the interpreter).
-    """
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 x, y; .reg .b16 a, b;
-            mov.b64 {x, y}, $4;
-            mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;
-            mov.b32 {a, b}, y; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }""",
-            "=&f,=&f,=&f,=&f,l",
-            [b_x],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        b_0, b_1, b_2, b_3 = halves_of(b_x)
-        return b_0.to(tl.float32), b_1.to(tl.float32), b_2.to(tl.float32), b_3.to(tl.float32)
-
-
-@triton.jit
-def two_pieces_of(b_x, b_y, ASM: tl.constexpr):
-    """The products of the four float16 numbers in both int64, rounded to float16, as float32."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 x, y, z, w; .reg .b16 a, b;
-            mov.b64 {x, y}, $4; mov.b64 {z, w}, $5;
-            mul.rn.f16x2 x, x, z; mul.rn.f16x2 y, y, w;
-            mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;
-            mov.b32 {a, b}, y; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }""",
-            "=&f,=&f,=&f,=&f,l,l",
-            [b_x, b_y],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        b_0, b_1, b_2, b_3 = halves_of(b_x)
-        b_4, b_5, b_6, b_7 = halves_of(b_y)
-        b_0, b_1, b_2, b_3 = b_0 * b_4, b_1 * b_5, b_2 * b_6, b_3 * b_7
-        return b_0.to(tl.float32), b_1.to(tl.float32), b_2.to(tl.float32), b_3.to(tl.float32)
-
-
-@triton.jit
-def halves_of(b_x):
-    """The four float16 numbers in int64."""
-    b_0, b_1 = b_x.to(tl.int16), (b_x >> 16).to(tl.int16)
-    b_2, b_3 = (b_x >> 32).to(tl.int16), (b_x >> 48).to(tl.int16)
-    b_0, b_1 = b_0.to(tl.float16, bitcast=True), b_1.to(tl.float16, bitcast=True)
-    return b_0, b_1, b_2.to(tl.float16, bitcast=True), b_3.to(tl.float16, bitcast=True)

@@ -1,77 +1,30 @@
-"""SOCKET's coarse scores, of probabilities in float16, with a bound of their error, and the exact ones of a row's edge.
+"""SOCKET's coarse scores, of probabilities with 8 binary digits, and the exact ones of a row's edge.
 
-A probability may be off by half a unit of float16, relatively and, next to 0, in absolute terms. All are positive: so a
-sum of products is off by a few such units, relatively, once it is large beside what is lost next to 0
-(``Coarse.least``). Smaller sums are known to be small, no more. Levels take both into account (`levels.level_kernel`):
-the keys that are selected are those of exact scores.
+All probabilities are positive: so a sum of products of a few is off by as many times their error, relatively. Levels
+take this into account (`levels.level_kernel`): the keys that are selected are those of exact scores.
 """
-
-from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate.buckets import buckets_of, piece_of
 
-ROUNDING, SMALLEST = 2.0**-11, 2.0**-25
-"""What rounding to float16 changes: relatively, and of numbers next to 0."""
+LEAST_TAU = 0.1
+"""Below, sums may be too small for a bound: those of buckets four bits and more away from the query's."""
 TINY, MOST = tl.constexpr(2.0**-100), tl.constexpr(3.4028234663852886e38)
 
 
-@dataclass(frozen=True)
-class Coarse:
-    """How coarse scores are made.
-
-    Attributes:
-        half: whether pairs of pieces are multiplied in float16, which saves a fifth of the instructions.
-        scale: probabilities are multiplied by ``2**scale``.
-        error: how far scores may be off, relatively; least: of sums from here on, before they meet a norm.
-    """
-
-    half: bool
-    scale: int
-    error: float
-    least: float
-
-
-@lru_cache(maxsize=64)
-def coarse_of(tables: int, planes: int, pieces: int, tau: float) -> Coarse | None:
-    """What is precise enough where keys are likely to be cut: at buckets one bit away from the query's, or at sums of
-    smaller probabilities where these buckets are too few."""
-    near, other = tables * (planes + 1) / 2**planes, math.exp(-2 / tau)
-    for half in (True, False):
-        coarse = bounds(tables, pieces, half)
-        if other >= 4 * coarse.least and (not half or (pieces > 1 and near > 0.1)):
-            return coarse
-    return None
-
-
-def bounds(tables: int, pieces: int, half: bool) -> Coarse:
-    """The bounds of sums over ``tables`` of products of ``pieces``."""
-    scale, lost = (7, 2.0**-8) if half else (15, 2.0**-11)
-    pairs = pieces // 2 if half else 0
-    missing = 1.01 * tables * (pieces * SMALLEST / 2**scale + pairs * SMALLEST / 4**scale)
-    in_float32 = 2.0**-24 * (2 * tables + 32)  # of coarse and exact sums, and of the bounds themselves
-    return Coarse(half, scale, (1 + lost) * (1 + in_float32) / (1 - ROUNDING) ** (pieces + pairs) - 1, missing / lost)
-
-
-def numbers_of(coarse: Coarse | None) -> dict[str, Any]:
-    """Compile-time constants of the score kernel."""
-    if coarse is None:
-        return {"LEAST": 0.0, "SCALE": 0, "HALF": False}
-    return {"LEAST": coarse.least, "SCALE": coarse.scale, "HALF": coarse.half}
+def error_of(tables: int, pieces: int) -> float:
+    """How far sums over ``tables`` of products of ``pieces`` may be off, relatively, from ``TINY`` on."""
+    in_float32 = 2.0**-24 * (8 * tables + 32)  # of coarse and exact sums, of small numbers, of the bounds themselves
+    return (1 + in_float32) / (1 - 2.0**-8) ** pieces - 1
 
 
 @triton.jit
-def coarse_score(b_s, b_norm, LEAST: tl.constexpr):
+def coarse_score(b_s, b_norm):
     """``b_s * b_norm``, finite; with a minus sign what may be any smaller number."""
-    b_v = tl.maximum(b_s, LEAST) * b_norm
-    m_sure = (b_s >= LEAST) & (b_v >= TINY)
+    b_v = tl.maximum(b_s, TINY) * b_norm
+    m_sure = (b_s >= TINY) & (b_v >= TINY)
     b_v = tl.minimum(tl.maximum(b_v, TINY), MOST)
     return tl.where(m_sure, b_v, -b_v)
 

@@ -19,13 +19,14 @@ from the sm_90 code:
   one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
 - tables: 3 to 5 us, before 11: a probability is computed by one thread instead of all 32 (840 instructions, not 4,000).
 
-Not measured yet: coarse scores first (`coarse.py`), for three heads and more of a KV head. Probabilities are float16,
-those of four heads in 8 bytes: three look-ups instead of six. Expected of 131,072 keys, instead of the 132 us:
+Not measured yet: coarse scores first (`coarse.py`), for three heads and more of a KV head. Probabilities have 16 bits,
+those of four heads are 8 bytes: three look-ups instead of six. Expected of 131,072 keys, instead of the 132 us:
 
-- 6 turns for them, 1.5 as before, 27.4 instructions (28 if none were multiplied in float16: 33.4): 64 and 58 us, **75 to
-  85 us**; 0.7 us more for two levels of a key.
-- exact scores of an edge, 400 to 1,000 keys of a row: 23 words, each in a sector of its own, 9 to 24 MB; 57 turns per
-  key, 3 to 8 us: **5 to 10 us**.
+- 6 turns for them, 1.5 as before, 30 instructions (of eight keys of a thread 27.5): 64 and 64 us, **75 to 85 us**; 0.7
+  us more for two levels of a key. In float16 they were as many instructions where pairs of pieces were multiplied in
+  float16, else 33.4, and probabilities below 1e-6 to 1e-8 were lost.
+- exact scores of an edge, 700 to 1,500 keys of a row: 23 words, each in a sector of its own, 16 to 35 MB; 57 turns per
+  key, 5 to 12 us: **7 to 15 us**.
 
 A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
 warp reads 128 bytes in a row, and does not touch 23 lines.
@@ -33,7 +34,7 @@ warp reads 128 bytes in a row, and does not touch 23 lines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +50,7 @@ from sah_transformers.kernels.approximate.buckets import (
     more,
     none,
 )
-from sah_transformers.kernels.approximate.coarse import Coarse, coarse_of, coarse_score, numbers_of, settle_kernel
+from sah_transformers.kernels.approximate.coarse import LEAST_TAU, coarse_score, error_of, settle_kernel
 from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
@@ -97,7 +98,6 @@ class Cut:
     Attributes:
         whole: whether buckets are looked up as a whole, the heads summed.
         bits, pieces: of the tables that are made once per row; heads: of a KV head, at_once: of a program.
-        coarse: how float16 numbers are looked up, those of four heads at once.
     """
 
     whole: bool
@@ -105,17 +105,11 @@ class Cut:
     pieces: int
     heads: int
     at_once: int
-    coarse: Coarse | None
 
     @property
     def room(self) -> int:
         """Numbers of a hash table for ``at_once`` heads."""
         return self.pieces * 2**self.bits * (self.at_once if self.whole else 2 * -(-self.at_once // 2))
-
-    @property
-    def coarse_room(self) -> int:
-        """Float16 numbers of a hash table for ``at_once`` heads."""
-        return self.pieces * 2**self.bits * 4 * -(-self.at_once // 4)
 
 
 def cut(call: Scoring, given: Given) -> Cut:
@@ -125,8 +119,7 @@ def cut(call: Scoring, given: Given) -> Cut:
     whole = call.summed and fewest <= planes <= most and many
     pieces = 2 if whole else -(-planes // PIECE)
     at_once = heads if call.summed else max(n for n in range(1, min(MOST_HEADS, heads) + 1) if heads % n == 0)
-    coarse = coarse_of(given.planes.shape[0], planes, pieces, given.tau) if call.coarse else None
-    return Cut(whole, -(-planes // pieces), pieces, heads, at_once, coarse)
+    return Cut(whole, -(-planes // pieces), pieces, heads, at_once)
 
 
 def error(call: Scoring, given: Given) -> float:
@@ -134,8 +127,9 @@ def error(call: Scoring, given: Given) -> float:
 
     It halves the look-ups of three heads and more.
     """
-    c = cut(replace(call, coarse=True), given)
-    return c.coarse.error if c.coarse and c.at_once > 2 and not call.summed else 0.0
+    c = cut(call, given)
+    pays = c.at_once > 2 and not call.summed and given.tau >= LEAST_TAU
+    return error_of(given.planes.shape[0], c.pieces) if pays else 0.0
 
 
 def tiles(call: Scoring, given: Given) -> tuple[Tile, ...]:
@@ -148,7 +142,6 @@ def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[
     tables, planes, _ = given.planes.shape
     return {
         "table": (owners * tables * c.room, torch.float32),
-        **({"coarse": (owners * tables * c.coarse_room, torch.float16)} if c.coarse else {}),
         "chances": (call.q.shape[:3].numel() * tables * planes * 2, torch.float64),
     }
 
@@ -156,18 +149,16 @@ def scratch(call: Scoring, side: dict[str, torch.Tensor], given: Given) -> dict[
 def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any]) -> None:
     """Probabilities of pieces of buckets, float32 ``[B * G * Q, heads // at_once, L, pieces, at_once, 2**bits]``.
 
-    Unless buckets are looked up as a whole, those of two heads lie side by side: ``[..., at_once / 2, 2**bits, 2]``;
-    coarse ones, of four heads, are float16 ``[..., at_once / 4, 2**bits, 4]``, times ``2**scale``.
+    Unless buckets are looked up as a whole, those of two heads lie side by side: ``[..., at_once / 2, 2**bits, 2]``.
     """
     c = cut(call, given)
     _, heads, rows, dim = call.q.shape
     tables, planes, _ = given.planes.shape
     launch(
         pieces_kernel, (tables, call.q.shape[:3].numel(), 1), launch.address(call.q), launch.address(given.planes),
-        s["chances"], s["table"], s["coarse" if c.coarse else "table"], *call.q.stride()[:3], 2.0 / given.tau,
+        s["chances"], s["table"], *call.q.stride()[:3], 2.0 / given.tau,
         H=heads, G=call.groups, Q=rows, L=tables, K=planes, D=dim, BD=power_of_2(dim), BK=power_of_2(planes),
-        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole,
-        COARSE=c.coarse_room if c.coarse else 0, SCALE=c.coarse.scale if c.coarse else 0, warps=1,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, PAIRED=not c.whole, warps=1,
     )  # fmt: skip
 
 
@@ -181,13 +172,12 @@ def score(
     launch(
         bucket_score_kernel,
         (call.stride // tile.span, call.q.shape[0] * call.groups, call.q.shape[2] * (c.heads // c.at_once)),
-        launch.address(words), launch.address(norm), s["coarse" if c.coarse else "table"],
-        *call.arrays(), *call.numbers(tile),
+        launch.address(words), launch.address(norm), s["table"], *call.arrays(), *call.numbers(tile),
         *steps(words, unit), words.stride(3), *steps(norm, unit),
         **call.shape(), L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run_of(tables, planes),
-        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.coarse_room if c.coarse else c.room,
-        WHOLE=c.whole, SUM=call.summed, **numbers_of(c.coarse), ASM=not call.q.is_cpu,
-        STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, WHOLE=c.whole, SUM=call.summed,
+        COARSE=call.coarse, STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit,
+        BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -300,13 +290,12 @@ def bucket_kernel(
 
 @triton.jit(do_not_specialize=["sharpness"])
 def pieces_kernel(
-    q, planes, chances, table, coarse, sq_b, sq_h, sq_q, sharpness,
+    q, planes, chances, table, sq_b, sq_h, sq_q, sharpness,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr,
-    ROOM: tl.constexpr, PAIRED: tl.constexpr, COARSE: tl.constexpr, SCALE: tl.constexpr,
+    ROOM: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one hash table for one row; a last piece of fewer bits fills the beginning of its table.
-    ``COARSE``: float16 numbers of a hash table, if there are any.
 
     ``chances [R, L, K, 2]`` are the probabilities that the query falls on the - and + side of each plane: float64.
     """
@@ -340,12 +329,7 @@ def pieces_kernel(
             o_out = (i * ((AT_ONCE + 1) // 2) + i_one // 2) * 2 ** (BITS + 1) + 2 * o_e + i_one % 2
         else:
             o_out = (i * AT_ONCE + i_one) * 2**BITS + o_e
-        m_e = o_e < 2 ** min(BITS, K - i * BITS)
-        tl.store(p_table + o_out, b_p.to(tl.float32), mask=m_e)
-        if COARSE:
-            p_coarse = coarse + (i_owner.to(tl.int64) * L + i_l) * COARSE
-            o_out = (i * ((AT_ONCE + 3) // 4) + i_one // 4) * 2 ** (BITS + 2) + 4 * o_e + i_one % 4
-            tl.store(p_coarse + o_out, (b_p.to(tl.float32) * 2.0**SCALE).to(tl.float16), mask=m_e)
+        tl.store(p_table + o_out, b_p.to(tl.float32), mask=o_e < 2 ** min(BITS, K - i * BITS))
 
 
 @triton.jit(
@@ -360,11 +344,10 @@ def bucket_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, LEAST: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-    ASM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-    COUNT: tl.constexpr,
+    WHOLE: tl.constexpr, SUM: tl.constexpr, COARSE: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr,
+    UNIT: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys. With ``LEAST`` the table is of float16.
+    """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys.
 
     A thread has all heads of its keys, so that a bucket is cut out of the words once; ``RUN`` tables share two words.
     """
@@ -387,10 +370,8 @@ def bucket_score_kernel(
         p_key = p_words + o_k.to(tl.int64) * STEP
         if WHOLE:
             sums = more(none(), look_buckets_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, AT_ONCE, BN))
-        elif LEAST > 0:
-            sums = look_coarse_pieces_up(
-                p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN, HALF, ASM
-            )  # fmt: skip
+        elif COARSE:
+            sums = look_coarse_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         else:
             sums = look_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         b_norm = tl.load(p_norm + o_k.to(tl.int64) * NORM_STEP, mask=m_k, other=0.0)
@@ -400,11 +381,7 @@ def bucket_score_kernel(
             if SUM and not WHOLE:
                 for i in tl.static_range(1, AT_ONCE):
                     b_s = b_s + sums[i]
-            if LEAST > 0:
-                b_s = coarse_score(b_s * 2.0 ** -(SCALE * PIECES), b_norm, LEAST)
-            else:
-                b_s = b_s * b_norm
-            b_s = b_s[None, :]
+            b_s = (coarse_score(b_s, b_norm) if COARSE else b_s * b_norm)[None, :]
             o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
             o_q, o_r, m_m, first_end, last_start, reach = rows_of(
                 limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
