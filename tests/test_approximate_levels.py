@@ -193,7 +193,7 @@ COARSE = [(data, error, budget) for data in CLOSE for error in (0.002, 0.05, 0.9
 
 @kernel_test
 @pytest.mark.parametrize(
-    ("data", "error", "budget"), mostly_slow(COARSE, ("close pairs", 0.002, 64), ("closer than the error", 0.05, 285))
+    ("data", "error", "budget"), mostly_slow(COARSE, ("close pairs", 0.002, 64), ("closer than the error", 0.05, 64))
 )
 def test_coarse_scores(data, error, budget):
     """The cut of the exact ones, whatever coarse ones within the error are, on whatever line."""
