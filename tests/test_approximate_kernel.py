@@ -329,9 +329,9 @@ def test_any_budget(name, gqa, heavy_size):
 
 COARSE = [
     (heads, tau, *buckets)
-    for heads in (1, 2, 3, 4, 7, 8)
+    for heads in (1, 3, 4, 7, 8)
     for tau in (1e-3, 0.1, 0.3, 1e6)
-    for buckets in ((12, 40), (5, 8))
+    for buckets in ((12, 16), (5, 8))
 ]
 
 
@@ -353,7 +353,7 @@ def test_coarse_scores_of_socket(heads, tau, planes, tables, monkeypatch):
     v = (v / v.norm(dim=-1, keepdim=True) * spread * (sums.mean() / sums.clamp(min=1e-30)).clamp(max=1e3)).float()
     k[:, :, 200:220], v[:, :, 200:220] = k[:, :, 180:200], v[:, :, 180:200]
     check(call_of(stack, q, k, v))
-    assert len(settled) == (heads > 2 and tau > 0.1)
+    assert len(settled) == (heads > 2 and tau >= 0.1)
 
 
 @kernel_test
