@@ -20,22 +20,25 @@ FORMS = {
     "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
     "summed": {"summed": True, "masses": False},
     "summed, few keys": {"summed": True, "masses": False, "K": 1024},
+    "coarse": {"coarse": True, "masses": False, "bins": 0},
+    "coarse, 7 heads": {"coarse": True, "masses": False, "bins": 0, "H": 28, "G": 4, "masked": True, "apart": False},
+    "coarse, 16 planes": {"coarse": True, "masses": False, "bins": 0, "planes": 16, "K": 4096},
 }
 PROMPTS = {
     "prompt": {},
     "prompt, float32, D=80": {"dtype": torch.float32, "D": 80},
     "prompt, float16, 64 bits": {"dtype": torch.float16, "bits": 64},
 }
-USUAL = ("masses", "peaks, masked", "summed", "prompt")
+USUAL = ("masses", "peaks, masked", "summed", "coarse", "prompt")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
-SUMMED = ("hash_attention", "socket")
+SUMMED, COARSE = ("hash_attention", "socket"), ("socket",)
 
 
 def tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def side_of(name, module, B, H, G, K, D, apart):
+def side_of(name, module, B, H, G, K, D, apart, planes=12):
     """(side data, what the kernels need besides)."""
     i32, u8, f16 = torch.int32, torch.uint8, torch.float16
     if name == "hash_attention":
@@ -49,17 +52,18 @@ def side_of(name, module, B, H, G, K, D, apart):
         radius = None if apart else tensor(B, G, 2, dtype=torch.float64)
         book = tensor(B, G, 2, 64, D // 2 + (radius is not None)), tensor(B, G, 2), tensor(B, dtype=torch.bool)
         return {"codes": tensor(B, G, K, 2, dtype=u8)}, module.Given(*book, radius)
-    words = tensor(B, G, 23, K, dtype=i32).mT if apart else tensor(B, G, K, 23, dtype=i32)
-    planes = tensor(60, 12, D)
-    return {"buckets": words, "norm": tensor(B, G, K)}, module.Given(planes, 0.3, module.digits_of(planes))
+    count = -(-60 * planes // 32)
+    words = tensor(B, G, count, K, dtype=i32).mT if apart else tensor(B, G, K, count, dtype=i32)
+    drawn = tensor(60, planes, D)
+    return {"buckets": words, "norm": tensor(B, G, K)}, module.Given(drawn, 0.3, module.digits_of(drawn))
 
 
 def launches(
     name, tile=None, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, masses=True, bins=1024,
-    summed=False, apart=True,
+    summed=False, apart=True, coarse=False, planes=12,
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
-    from sah_transformers.kernels.approximate.launch import Levels, Scoring
+    from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring
     from sah_transformers.kernels.approximate.methods import tiles_of
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
@@ -72,12 +76,12 @@ def launches(
         def __call__(self, kernel, grid, *args, warps=4, **constants):
             recorded.append(Launch(kernel, args, constants, warps, {}))
 
-    side, given = side_of(name, module, B, H, G, K, D, apart)
+    side, given = side_of(name, module, B, H, G, K, D, apart, planes)
     call = Scoring(
         tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, 0,
         tensor(B, Q, K, dtype=torch.bool), (Q * K, K, 1), tensor(1, dtype=torch.int32), tensor(1), tensor(1),
         tensor(1, dtype=torch.int32), tensor(1), tensor(1, dtype=torch.int32), tensor(1), 0.1, (128, 0, 128, 0),
-        True, masked, masses, bins, summed,
+        True, masked, masses, bins, summed, coarse,
     )  # fmt: skip
     assert module.why_not(given, D) == ""
     tile = tile or tiles_of(module, call, given)[0]
@@ -85,6 +89,9 @@ def launches(
     scratch = {n: tensor(size, dtype=dtype) for n, (size, dtype) in module.scratch(call, side, given).items()}
     module.look_up(Recorder(), call, side, given, scratch)
     module.score(Recorder(), call, side, given, scratch, tile)
+    if coarse:
+        edges = Edges(tensor(1, dtype=torch.int32), tensor(1, dtype=torch.int32), 9, 5)
+        module.settle(Recorder(), call, side, given, scratch, edges)
     levels = module.levels(call, given)
     if levels:
         arrays = tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)
@@ -147,7 +154,8 @@ def main(architectures, verbose, usual):
                 print("compiled", architecture, "hash_attention", form, launch.kernel.__name__, used, flush=True)
         for name in METHODS:
             for form, options in FORMS.items():
-                if (options.get("summed") and name not in SUMMED) or (usual and form not in USUAL):
+                none = (options.get("summed") and name not in SUMMED) or (options.get("coarse") and name not in COARSE)
+                if none or (usual and form not in USUAL):
                     continue
                 for launch in launches(name, **options):
                     result = compiled(launch, architecture)
@@ -159,7 +167,7 @@ def main(architectures, verbose, usual):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    compiles(__file__, architecture, 60, 33, "--quiet")
+    compiles(__file__, architecture, 70, 38, "--quiet")
 
 
 if __name__ == "__main__":

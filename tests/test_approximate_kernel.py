@@ -258,12 +258,12 @@ def test_side_data_in_place(stack, padded):
     assert call.context.padded == padded
 
 
-def generate(config, rows=1, padded=(), lengths=(87, 88, 89), D=64, dtype=torch.float32, data="normal"):
+def generate(config, rows=1, padded=(), lengths=(87, 88, 89), H=4, D=64, dtype=torch.float32, data="normal"):
     """The last call of a sequence of so many keys, on a state kept by kernels; all are checked against the reference's
     selection by the same side data, which are those of all keys at once."""
     K = max(lengths)
-    q, k, v = tensors(B=max(1, len(padded)), H=4, G=2, Q=rows, K=K, D=D, dtype=dtype, data=data)
-    masker = MaskerRegistry.create_masker(fit(config, 4, 2, D))
+    q, k, v = tensors(B=max(1, len(padded)), H=H, G=2, Q=rows, K=K, D=D, dtype=dtype, data=data)
+    masker = MaskerRegistry.create_masker(fit(config, H, 2, D))
     maskers = [MaskerRegistry.create_masker(one) for one in (sink(4), local(8))] + [masker]
     real, state = left_padding(K, *padded) if padded else None, LayerState()
     for n in lengths:
@@ -325,6 +325,42 @@ def test_methods_with_several_chunks(name):
 def test_any_budget(name, gqa, heavy_size):
     """One key, all 84 candidates but one, all, more than there are."""
     generate({**METHODS[name], "gqa": gqa, "heavy_size": heavy_size}, lengths=(96,))
+
+
+COARSE = [
+    (heads, tau, *buckets)
+    for heads in (1, 3, 4, 7, 8)
+    for tau in (1e-3, 0.1, 0.3, 1e6)
+    for buckets in ((12, 16), (5, 8))
+]
+
+
+@kernel_test
+@pytest.mark.parametrize(
+    ("heads", "tau", "planes", "tables"), mostly_slow(COARSE, (3, 1e6, 5, 8), (4, 0.3, 5, 8), (1, 0.3, 5, 8))
+)
+def test_coarse_scores_of_socket(heads, tau, planes, tables, monkeypatch):
+    """Many keys that only exact scores can tell from the cut for the first head, and equal ones."""
+    from sah_transformers.kernels.approximate import socket
+
+    settled, settle = [], socket.settle
+    monkeypatch.setattr(socket, "settle", lambda *args: settled.append(settle(*args)))
+    q, k, v = tensors(H=heads, G=1, K=250, D=64)
+    stack = [*BASE, {"type": "socket", "heavy_size": 0.2, "K": planes, "L": tables, "tau": tau}]
+    call = call_of(stack, q, k, v / v.norm(dim=-1, keepdim=True))
+    sums = call.maskers[-1].score(q.double(), k, v, replace(call.context, side=call.side[-1]))[:, :1, 0, :, None]
+    spread = 1 + 1e-4 * torch.linspace(-3, 3, 250, device=DEVICE).roll(130)[:, None]
+    v = (v / v.norm(dim=-1, keepdim=True) * spread * (sums.mean() / sums.clamp(min=1e-30)).clamp(max=1e3)).float()
+    k[:, :, 200:220], v[:, :, 200:220] = k[:, :, 180:200], v[:, :, 180:200]
+    check(call_of(stack, q, k, v))
+    assert len(settled) == (heads > 2 and tau >= 0.1)
+
+
+@kernel_test
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"rows": 3, "padded": (7, 0)}, {"lengths": (2400, 2401)}, {"data": "constant"}])
+def test_coarse_scores_of_any_call(options):
+    generate(METHODS["socket"], H=8, **options)
 
 
 @kernel_test

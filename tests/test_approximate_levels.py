@@ -48,11 +48,11 @@ class Rows:
         self.bands, self.size = (FIRST, 0, LAST, 0), (budget, 0)
         self.wide = self.longest + self.keys
 
-    def counted(self, rows, bins):
+    def counted(self, rows, bins, coarse=False):
         """Arrays of levels and their counts."""
-        self.bins = bins
+        self.bins, self.coarse = bins, coarse
         self.levels = empty(rows, self.stride, dtype=torch.uint8)
-        self.histogram = empty(rows, self.chunks, 8 if bins == 16 else bins)
+        self.histogram = empty(rows * (1 + coarse), self.chunks, 8 if bins == 16 else bins)
 
     def listed(self, ranking, width):
         """Positions that the last stages list; ``ranking``: what edges are cut by, if levels are not all."""
@@ -65,11 +65,11 @@ class Rows:
         most = 1 << (self.chunks - 1).bit_length()
         levels.level_cut_kernel[(rows,)](
             self.histogram, limits, cuts, offsets, counts, self.keys, 1, self.chunks, *self.bands, *self.size,
-            Q=1, CAUSAL=True, MASKED=False, ROWS=rows, EDGES=edges, CHUNKS=most, BINS=self.bins,
+            Q=1, CAUSAL=True, MASKED=False, ROWS=rows, EDGES=edges, COARSE=self.coarse, CHUNKS=most, BINS=self.bins,
         )  # fmt: skip
         levels.level_list_kernel[(self.chunks, rows)](
             self.levels, cuts, offsets, lists, self.stride // 16, self.chunks, self.wide, self.longest,
-            EDGES=edges, CHUNK=CHUNK,
+            EDGES=edges, COARSE=self.coarse, CHUNK=CHUNK,
         )  # fmt: skip
         if edges:
             levels.edge_kernel[(rows,)](
@@ -78,13 +78,14 @@ class Rows:
         return [row[:n].tolist() for row, n in zip(lists, counts.tolist(), strict=True)]
 
 
-def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=False):
-    """(rows with levels, numbers that rank); ``line``: (middle, levels per unit) instead of the sampled one."""
+def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=False, error=0.0):
+    """(rows with levels, numbers that rank); ``line``: (middle, levels per unit) instead of the sampled one; ``error``:
+    how far scores may be off."""
     from sah_transformers.kernels.approximate import levels
 
     x = Rows(scores, budget)
     rows = 1 if softmax else x.heads
-    x.counted(rows, bins)
+    x.counted(rows, bins, error > 0)
     stats = torch.full((3, x.heads), float("nan"), device=DEVICE)
     ranking = torch.full((rows, x.stride), float("nan"), device=DEVICE) if softmax else x.scores
     peaks = x.scores.view(x.heads, x.chunks, CHUNK).amax(-1)
@@ -105,7 +106,7 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
         lines[0], lines[1:] = line
     levels.level_kernel[(x.chunks, rows)](
         x.scores, ranking, limits, stats, lines, x.levels, x.histogram, *numbers, *x.bands,
-        **kinds, CHUNK=CHUNK, BINS=bins,
+        **kinds, CHUNK=CHUNK, BINS=bins, ERROR=error,
     )  # fmt: skip
     return x, ranking
 
@@ -164,6 +165,57 @@ def test_logarithmic(data, budget):
     """Exact of any numbers, negative ones too."""
     assert same(*by_scores(DATA[data](), budget, logarithmic=True))
     assert same(*by_scores(DATA[data]().abs(), budget, logarithmic=True))
+
+
+def by_coarse_scores(exact, budget, error, least=0.0, **options):
+    """(lists, the slow cut's lists) by scores off by up to ``error``, below ``least`` by more."""
+    noise = 2 * torch.rand(exact.shape, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE) - 1
+    coarse = (exact / (1 + 0.99 * error * noise)).clamp(max=torch.finfo(torch.float32).max)
+    coarse = torch.where(exact < least, -least, coarse)
+    coarse[exact == float("-inf")] = float("-inf")
+    x, _ = levelled(coarse, budget, logarithmic=True, error=error, **options)
+    between = [x.between & (row != float("-inf")) for row in exact]
+    ranking = torch.nn.functional.pad(exact, (0, x.stride - x.keys)).contiguous()
+    wanted = [best(row.tolist(), seen, budget) for row, seen in zip(exact, between, strict=True)]
+    return x.listed(ranking, 64), wanted
+
+
+CLOSE = {
+    **DATA,
+    "close": lambda: 1 + normal(2, 300) * 1e-4,
+    "closer than the error": lambda: 1 + normal(2, 300) * 1e-3,
+    "close pairs": lambda: (normal(2, 150) * 3).exp().repeat_interleave(2, 1) * (1 + normal(2, 300) * 1e-4),
+    "skewed": lambda: (normal(2, 300) * 6).exp(),
+}
+
+
+COARSE = [(data, error, 64) for data in CLOSE for error in (0.002, 0.9)]
+COARSE += [("closer than the error", 0.05, budget) for budget in BUDGETS]
+
+
+@kernel_test
+@pytest.mark.parametrize(
+    ("data", "error", "budget"), mostly_slow(COARSE, ("close pairs", 0.002, 64), ("closer than the error", 0.05, 64))
+)
+def test_coarse_scores(data, error, budget):
+    """The cut of the exact ones, whatever coarse ones within the error are, on whatever line."""
+    exact = CLOSE[data]()
+    exact = torch.where(exact == float("-inf"), exact, exact.abs())
+    assert same(*by_coarse_scores(exact, budget, error, least=1.0))
+    assert same(*by_coarse_scores(exact, budget, error, line=(1.0e9, 1e-7)))
+    assert same(*by_coarse_scores(exact, budget, error))
+
+
+@kernel_test
+def test_coarse_scores_have_short_edges():
+    """The keys of the cut's level and those within the error of it."""
+    exact = (normal(1, 2000) * 2).exp()
+    edges = []
+    for error in (0.0, 0.002, 0.05):
+        x, ranking = levelled(exact, 200, logarithmic=True, error=error)
+        x.listed(ranking, 2048)
+        edges.append(int(x.cuts[4]))
+    assert edges[0] <= edges[1] <= edges[0] + 10 < edges[2] < 200
 
 
 @kernel_test

@@ -98,10 +98,12 @@ def visible_of(case, mask, causal):
 
 
 def scored(
-    case, tile=(64, 2, 1), mask=None, causal=True, summed=False, masses=True, first=3, last=5, line=(1.0, 0.0), bins=64
-):
-    """(what the kernel stored, what it should have stored)."""
-    from sah_transformers.kernels.approximate.launch import Scoring, Tile
+    case, tile=(64, 2, 1), mask=None, causal=True, summed=False, masses=True, first=3, last=5, line=(1.0, 0.0), bins=64,
+    coarse=False,
+):  # fmt: skip
+    """(what the kernel stored, what it should have stored); ``coarse`` scores are then made exact at every second key
+    from the third on, and both are stored: ``[2, R, stride]``."""
+    from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile
     from sah_transformers.kernels.approximate.place import Direct
     from sah_transformers.kernels.decode.kernel import find_limits
 
@@ -126,7 +128,7 @@ def scored(
         case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),
         torch.zeros(R, max(1, bins), dtype=torch.int32, device=DEVICE), empty(R, chunks),
         empty(R, chunks, dtype=torch.int32), empty(2, R, chunks),
-        case.ctx.scaling, bands, causal, mask is not None, masses, bins, summed,
+        case.ctx.scaling, bands, causal, mask is not None, masses, bins, summed, coarse,
     )  # fmt: skip
     given, module = case.given(), case.module
     assert module.why_not(given, case.q.shape[3]) == ""
@@ -134,6 +136,13 @@ def scored(
     scratch = {name: empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
     module.look_up(Direct(), call, case.side, given, scratch)
     module.score(Direct(), call, case.side, given, scratch, tile)
+    if coarse:
+        edge = torch.arange(2, keys, 2, device=DEVICE, dtype=torch.int32)
+        cuts = torch.tensor([-7, -7, -7, 1, len(edge)], device=DEVICE, dtype=torch.int32)[:, None].expand(5, R)
+        lists = torch.nn.functional.pad(edge, (7, 2), value=-7).expand(R, -1).contiguous()
+        exact = replace(call, scores=call.scores.clone())
+        module.settle(Direct(), exact, case.side, given, scratch, Edges(cuts.contiguous(), lists, lists.shape[1], 7))
+        call = replace(call, scores=torch.stack([call.scores, exact.scores]))
 
     truth = case.truth
     if summed:
@@ -311,6 +320,36 @@ def test_buckets_looked_up_as_a_whole(planes, tables, tile, monkeypatch):
     for shape in ({}, SHAPES["MQA of 7"], SHAPES["MHA"], SHAPES["5 queries, 7 heads"]):
         case = Case({**CONFIGS["socket"], "K": planes, "L": tables, "gqa": "group"}, **shape)
         check(case, tile=tile, summed=True, masses=False)
+
+
+COARSE = {
+    "heads of a group": [({"H": heads, "G": 1}, {}) for heads in (1, 3, 4, 7, 8)],
+    "groups, queries": [({"H": 8, "G": 2, "B": 2, "Q": 2, "apart": True}, {}), ({"H": 12, "G": 1, "D": 128}, {})],
+    "planes": [({}, {"K": planes, "L": tables}) for planes, tables in ((1, 5), (5, 60), (13, 3), (16, 70))],
+    "tau": [({}, {"tau": tau}) for tau in (1e-3, 0.05, 2.0, 1e6)],
+}
+
+
+@kernel_test
+@pytest.mark.parametrize("kind", mostly_slow([*COARSE], "heads of a group"))
+def test_coarse_scores(kind):
+    """Within the bound of their error, even where they would not be used; those too small for it are marked."""
+    for shape, options in COARSE[kind]:
+        config = {**CONFIGS["socket"], **options}
+        case = Case(config, **{"K": 100, "H": 4, "G": 1, **shape})
+        call, truth, *_ = scored(case, masses=False, bins=0, coarse=True)
+        error = module_of("coarse").error_of(config["L"], -(-config["K"] // case.module.PIECE))
+        coarse, exact = call.scores[:, :, :100].double()
+        seen = truth > float("-inf")
+        assert torch.equal(coarse > float("-inf"), seen)
+        at = torch.zeros_like(seen)
+        at[:, 2::2] = seen[:, 2::2]
+        assert torch.equal(exact[~at], coarse[~at])
+        assert (exact - truth)[at].abs().max() < 4e-6 * truth[seen].max()
+        assert bool((truth <= coarse.abs() * (1 + error))[seen].all())
+        sure = seen & (coarse > 0)
+        assert bool((truth >= coarse * (1 - error))[sure].all())
+        assert not bool((seen & ~sure & (truth > 1e-28)).any())
 
 
 @kernel_test

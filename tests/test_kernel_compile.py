@@ -64,6 +64,7 @@ USUAL = {  # forms of stacks that launch every kernel
     "keys per KV head": ("bf16",),
     "hash_attention": ("bf16",),
     "hash_attention per KV head": ("bf16",),
+    "socket": ("bf16",),
     "mask": ("256 keys", "8,192 keys, padded"),
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.launch import Levels, Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring, Tile
 from sah_transformers.kernels.approximate.levels import (
     edge_kernel,
     level_cut_kernel,
@@ -85,14 +85,16 @@ def attend_by_levels(work: Work) -> None:
     )  # fmt: skip
     tile = tiles_of(method, scoring, work.given)[0]
     n = sizes_of(work, method.levels(scoring, work.given), tile)
-    scoring = scoring.long(n.stride)
+    error = method.error(scoring, work.given) if n.bins == 16 and hasattr(method, "error") else 0.0
+    scoring = replace(scoring.long(n.stride), coarse=error > 0)
     own = method.scratch(scoring, work.side, work.given)
+    counts = work.selections * n.chunks * n.counted * (2 if error else 1)
     scored = 0 if n.whole else work.selections if scoring.summed else work.all_rows
     s = work.scratch(lambda: {
         "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
         "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
         "lines": (3 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
-        "levels": (work.selections * n.stride, U8), "histogram": (work.selections * n.chunks * n.counted, I32),
+        "levels": (work.selections * n.stride, U8), "histogram": (counts, I32),
         "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),
         "lists": (work.selections * n.wide(work.keys), I32), "unused": (1, F32), **own,
     }, work.keys, n.stride, n.pieces, n.chunks, n.bins)  # fmt: skip
@@ -105,13 +107,21 @@ def attend_by_levels(work: Work) -> None:
         method.level(work.launch, scoring, work.side, work.given, of_method, cut)
     else:
         method.score(work.launch, scoring, work.side, work.given, of_method, tile)
-        level_scores(work, n, s, tile, scoring, skewed)
-    list_best(work, n, s, s["ranking" if grouped else "scores"], skewed)
+        level_scores(work, n, s, tile, scoring, skewed, error)
+    list_best(work, n, s, error > 0)
+    if error:
+        edges = Edges(s["cuts"], s["lists"], n.wide(work.keys), n.longest)
+        method.settle(work.launch, scoring, work.side, work.given, of_method, edges)
+    if not n.whole:
+        cut_edges(work, n, s, s["ranking" if grouped else "scores"], skewed)
     work.gather(s, mask, look, None, s["lists"], n.wide(work.keys), 1)
 
 
-def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: Scoring, skewed: bool) -> None:
-    """Levels of stored scores, on a line through a bracket of the cut; ``skewed``: of `methods.LOGARITHMIC`."""
+def level_scores(
+    work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: Scoring, skewed: bool, error: float
+) -> None:
+    """Levels of stored scores, on a line through a bracket of the cut; ``skewed``: of `methods.LOGARITHMIC`; ``error``:
+    how far they may be off."""
     plan, t = work.plan, work.tuning
     numbers = (work.keys, work.batch, n.stride // 16)
     more = max(1, min(2, plan.keys // 2**17))
@@ -128,28 +138,32 @@ def level_scores(work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: S
     work.launch(
         level_kernel, (n.chunks, work.selections, 1), s["scores"], s["ranking"], s["limits"], s["stats"], s["lines"],
         s["levels"], s["histogram"], *numbers, n.chunks, *work.bands,
-        **kinds, CHUNK=n.chunk, BINS=n.bins, warps=min(16, t.level_warps * n.at_once),
+        **kinds, CHUNK=n.chunk, BINS=n.bins, ERROR=error, warps=min(16, t.level_warps * n.at_once),
     )  # fmt: skip
 
 
-def list_best(work: Work, n: Sizes, s: dict[str, Any], ranking: Any, skewed: bool) -> None:
-    """The level of the cut, and lists of what is above and of its best keys; ``skewed`` scores have longer edges."""
+def list_best(work: Work, n: Sizes, s: dict[str, Any], coarse: bool) -> None:
+    """The level of the cut, and lists of what is above and of its keys."""
     plan, t = work.plan, work.tuning
     wide, most_chunks = n.wide(work.keys), power_of_2(-(-plan.keys // n.chunk))
     work.launch(
         level_cut_kernel, (work.selections, 1, 1), s["histogram"], s["limits"], s["cuts"], s["offsets"], s["counts"],
         work.keys, work.batch, n.chunks, *work.bands, *work.size,
-        Q=work.rows, **plan.sight, ROWS=work.selections // work.batch, EDGES=not n.whole, CHUNKS=most_chunks,
-        BINS=n.bins, warps=min(16, max(4, t.level_cut_warps * most_chunks * n.bins // 2**13)),
+        Q=work.rows, **plan.sight, ROWS=work.selections // work.batch, EDGES=not n.whole, COARSE=coarse,
+        CHUNKS=most_chunks, BINS=n.bins, warps=min(16, max(4, t.level_cut_warps * most_chunks * n.bins // 2**13)),
     )  # fmt: skip
     work.launch(
         level_list_kernel, (n.chunks, work.selections, 1), s["levels"], s["cuts"], s["offsets"], s["lists"],
         n.stride // 16, n.chunks, wide, n.longest,
-        EDGES=not n.whole, CHUNK=n.chunk, warps=min(16, t.list_warps * n.at_once),
+        EDGES=not n.whole, COARSE=coarse, CHUNK=n.chunk, warps=min(16, t.list_warps * n.at_once),
     )  # fmt: skip
-    if not n.whole:
-        more = max(2 if skewed else 1, min(4, plan.keys // 2**18))
-        work.launch(
-            edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], n.stride // 16, wide, n.longest,
-            WIDTH=t.edge * more, BLOCK=t.edge_block, warps=min(16, t.edge_warps * more),
-        )  # fmt: skip
+
+
+def cut_edges(work: Work, n: Sizes, s: dict[str, Any], ranking: Any, skewed: bool) -> None:
+    """The best keys of the cut's level behind those above it; ``skewed`` scores have longer edges."""
+    t = work.tuning
+    more = max(2 if skewed else 1, min(4, work.plan.keys // 2**18))
+    work.launch(
+        edge_kernel, (work.selections, 1, 1), ranking, s["cuts"], s["lists"], n.stride // 16, n.wide(work.keys),
+        n.longest, WIDTH=t.edge * more, BLOCK=t.edge_block, warps=min(16, t.edge_warps * more),
+    )  # fmt: skip

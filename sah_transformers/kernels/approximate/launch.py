@@ -42,6 +42,16 @@ class Levels:
 
 
 @dataclass(frozen=True)
+class Edges:
+    """Keys that are left to be cut by their scores: ``lists [E, wide]`` from ``longest`` on, as ``cuts [5, E]`` say."""
+
+    cuts: Any
+    lists: Any
+    wide: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Scoring:
     """One call of a scoring kernel.
 
@@ -60,6 +70,7 @@ class Scoring:
         scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
         masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
         bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
+        coarse: whether scores may be off by the method's ``error``.
     """
 
     q: torch.Tensor
@@ -82,6 +93,7 @@ class Scoring:
     masses_too: bool
     bins: int
     summed: bool = False
+    coarse: bool = False
 
     def long(self, stride: int) -> Scoring:
         """The call with rows of ``stride``."""

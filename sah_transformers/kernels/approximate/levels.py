@@ -10,6 +10,9 @@ makes the edge long, which costs time and nothing else.
 bracket resolves a 512th of what the sample spans, and bent where the sample has the cut. Simulated edges of SOCKET at
 131,072 keys: 364 to 1,585 keys (straight 432 to 2,052; through the values up to 127,000), summed 316 to 1,177; on a GPU
 some rows had more than 2,048.
+
+Scores may be coarse (SOCKET's, see `coarse.py`): a key has the lowest and the highest level of its exact score, and the
+edge all keys that are neither in nor out at any of them. The method makes their scores exact before they are cut.
 """
 
 import triton
@@ -21,7 +24,7 @@ from sah_transformers.kernels.decode.limits import limits_of, size_of
 from sah_transformers.kernels.decode.values import sortable
 
 ONES, TOPS = tl.constexpr(0x0101010101010101), tl.constexpr(0x8080808080808080)
-ALL = tl.constexpr(0xFFFFFFFFFFFFFFFF)
+ALL, LOWER = tl.constexpr(0xFFFFFFFFFFFFFFFF), tl.constexpr(0x0F0F0F0F0F0F0F0F)
 BELOW = tl.constexpr(1)
 """The level of candidates below the bracket; those above it have the highest."""
 
@@ -118,10 +121,14 @@ def level_kernel(
     scores, ranking, limits, stats, lines, levels, histogram, K, B, stride, chunks,
     first, first_share, last, last_share,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ERROR: tl.constexpr,
 ):  # fmt: skip
     """One selection row, one chunk of keys: their levels, and how many keys each level has. A group's summed
-    ``SOFTMAX`` is written to ``ranking [E, stride]``, else this is ``scores``."""
+    ``SOFTMAX`` is written to ``ranking [E, stride]``, else this is ``scores``.
+
+    ``ERROR``: scores may be off by this share, negative ones by all that they are above 0 without their sign. A byte
+    then holds the lowest level that the exact score may have and, in its upper half, the highest.
+    """
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     R = B * H * Q
     E = B * G * Q if SOFTMAX else R
@@ -144,19 +151,39 @@ def level_kernel(
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
         m_v = (o_k >= first_end) & (o_k < last_start) & (b_v != float("-inf"))
+    if ERROR > 0:
+        b_l = levels_of(b_v * (1.0 - ERROR), m_v, middle, below, above, LOGARITHMIC, BINS)
+        b_h = levels_of(tl.abs(b_v) * (1.0 + ERROR), m_v, middle, below, above, LOGARITHMIC, BINS)
+        count_levels(b_h, histogram, (i_e + E).to(tl.int64) * chunks + i_c, CHUNK, BINS)
+        count_levels(b_l, histogram, i_e.to(tl.int64) * chunks + i_c, CHUNK, BINS)
+        p_levels = levels + i_e.to(tl.int64) * (stride * 16) + i_c * CHUNK + tl.arange(0, CHUNK)
+        tl.store(p_levels, (b_h << 4 | b_l).to(tl.uint8))
+    else:
+        b_l = levels_of(b_v, m_v, middle, below, above, LOGARITHMIC, BINS)
+        keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
+
+
+@triton.jit
+def levels_of(b_v, m_v, middle, below, above, LOGARITHMIC: tl.constexpr, BINS: tl.constexpr):
+    """The levels of values on a line, 0 where ``m_v`` is false: int32."""
     b_x = (order(b_v) - middle.to(tl.int32)).to(tl.float32) if LOGARITHMIC else b_v - middle
     b_x = b_x * tl.where(b_x > 0, above, below) + (BINS + 1) / 2
     b_x = tl.maximum(b_x, BELOW)  # grows with the value, however rounded; NaN is below
     b_x = tl.minimum(b_x, BINS - 1)
-    keep_levels(tl.where(m_v, b_x, 0.0).to(tl.int32), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
+    return tl.where(m_v, b_x, 0.0).to(tl.int32)
 
 
 @triton.jit
 def keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
-    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]``; of 16 levels the counts of i
-    and i + 8 to one integer, ``[E, chunks, 8]``."""
+    """Levels of a chunk to uint8 ``[E, stride]``, their counts to ``[E, chunks, BINS]`` (`count_levels`)."""
     tl.store(levels + i_e.to(tl.int64) * (stride * 16) + i_c * CHUNK + tl.arange(0, CHUNK), b_l.to(tl.uint8))
-    i_n = i_e.to(tl.int64) * chunks + i_c
+    count_levels(b_l, histogram, i_e.to(tl.int64) * chunks + i_c, CHUNK, BINS)
+
+
+@triton.jit
+def count_levels(b_l, histogram, i_n, CHUNK: tl.constexpr, BINS: tl.constexpr):
+    """How many keys of a chunk have each level to ``[i_n, BINS]``; of 16 levels i and i + 8 to one integer,
+    ``[i_n, 8]``."""
     if BINS == 16:
         b_one = tl.full([CHUNK], 1, tl.uint64) << (b_l * 4).to(tl.uint64)
         b_each = tl.sum(tl.reshape(b_one, (CHUNK // 8, 8)), 1)  # at most 8 in four bits
@@ -186,8 +213,8 @@ def least(one, two, three, other_one, other_two, other_three):
 @triton.jit(do_not_specialize=["K", "B", "chunks", "first", "first_share", "last", "last_share", "size", "share"])
 def level_cut_kernel(
     histogram, limits, cuts, offsets, counts, K, B, chunks, first, first_share, last, last_share, size, share,
-    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, EDGES: tl.constexpr,
+    COARSE: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """One of the selection rows, ``ROWS`` of a sequence.
 
@@ -195,6 +222,10 @@ def level_cut_kernel(
     the cut's level), keys above, keys left for the cut's level, keys that it has. ``offsets [2, E, chunks]``: listed
     keys before each chunk and, with ``EDGES``, keys of the edge before it, else how many of the cut's level it takes.
     ``counts [E]``.
+
+    ``COARSE``: keys have a lowest and a highest level (``ERROR`` of `level_kernel`). At a level that so few keys may
+    reach that all are taken, those that surely do are taken as a whole; below a level that enough keys surely reach,
+    keys are out. The edge is what is left.
     """
     i_e = tl.program_id(0)
     E = B * ROWS
@@ -204,19 +235,27 @@ def level_cut_kernel(
     o_c, o_l = tl.arange(0, CHUNKS), tl.arange(0, BINS)
     m_c = o_c < chunks
     b_n = counts_of(histogram, i_e, chunks, o_c, BINS)
-    b_level = tl.sum(b_n, 0)
-    b_reach = tl.cumsum(b_level, 0, reverse=True)  # keys of this level and above
+    b_sure = tl.cumsum(tl.sum(b_n, 0), 0, reverse=True)  # keys of this level and above
+    if COARSE:
+        b_most = counts_of(histogram, i_e + E, chunks, o_c, BINS)
+        b_reach = tl.cumsum(tl.sum(b_most, 0), 0, reverse=True)
+        b_full = b_sure >= room
+    else:
+        b_most, b_reach = b_n, b_sure
+        b_full = b_reach > room
     b_fits = b_reach <= room
     whole, above, more = tl.reduce(
-        (tl.where(b_fits, o_l, BINS), tl.where(b_fits, -b_reach, 0), tl.where(b_fits, 0x7FFFFFFF, b_reach)), 0, least
+        (tl.where(b_fits, o_l, BINS), tl.where(b_fits, -b_sure, 0), tl.where(b_full, b_reach, 0x7FFFFFFF)), 0, least
     )
     whole, above = tl.maximum(whole, 1), -above
     at = tl.where(more < 0x7FFFFFFF, more - above, 0)
     spare = tl.minimum(room - above, at)
-    edge = tl.where(spare > 0, whole - 1, whole)
+    below = tl.max(tl.where(b_full, o_l, 0)) if COARSE else whole - 1
+    edge = tl.where(spare > 0, below, whole)
     b_above = tl.where(o_l[None, :] >= whole, b_n, 0)
-    b_edge = tl.where((o_l[None, :] >= edge) & (o_l[None, :] < whole), b_n, 0)
+    b_edge = tl.where(o_l[None, :] >= edge, b_most, 0)
     b_above, b_edge = tl.reduce((b_above, b_edge), 1, both)
+    b_edge -= b_above
     b_before, b_same = tl.associative_scan((b_above, b_edge), 0, both)
     b_before, b_same = b_before - b_above, b_same - b_edge
     if not EDGES:
@@ -243,8 +282,9 @@ def at_least(b_x, level):
 
 @triton.jit(do_not_specialize=["stride", "chunks", "wide", "longest"])
 def level_list_kernel(
-    levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, CHUNK: tl.constexpr
-):
+    levels, cuts, offsets, lists, stride, chunks, wide, longest, EDGES: tl.constexpr, COARSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     """One selection row, one chunk: the positions of what is taken, to ``lists [E, wide]``, ascending; with ``EDGES``
     without the cut's level, whose keys go behind ``longest``.
 
@@ -258,8 +298,12 @@ def level_list_kernel(
     b_x = tl.load(p_levels + o_w)
     p_offset = offsets + i_e.to(tl.int64) * chunks + i_c
     before, other = tl.load(p_offset), tl.load(p_offset + E.to(tl.int64) * chunks)
-    b_above = at_least(b_x, tl.load(cuts + i_e))
-    b_edge = at_least(b_x, tl.load(cuts + E + i_e)) ^ b_above
+    if COARSE:  # the highest levels are in the upper halves
+        b_above = at_least(b_x & LOWER, tl.load(cuts + i_e))
+        b_edge = at_least(b_x, tl.minimum(tl.load(cuts + E + i_e), 15) * 16) ^ b_above
+    else:
+        b_above = at_least(b_x, tl.load(cuts + i_e))
+        b_edge = at_least(b_x, tl.load(cuts + E + i_e)) ^ b_above
     b_count = (b_above >> 7) | (b_edge >> 3)
     b_sums = b_count * ONES  # of a byte and those before it
     b_all = (b_sums >> 56).to(tl.int32)

@@ -19,6 +19,15 @@ from the sm_90 code:
   one after the other, 30 to 40 us: of few keys (``WHOLE_KEYS``) pieces are faster.
 - tables: 3 to 5 us, before 11: a probability is computed by one thread instead of all 32 (840 instructions, not 4,000).
 
+Not measured yet: coarse scores first (`coarse.py`), for three heads and more of a KV head. Probabilities have 16 bits,
+those of four heads are 8 bytes: three look-ups instead of six. Expected of 131,072 keys, instead of the 132 us:
+
+- 6 turns for them, 1.5 as before, 30 instructions (of eight keys of a thread 27.5): 64 and 64 us, **75 to 85 us**; 0.7
+  us more for two levels of a key. In float16 they were as many instructions where pairs of pieces were multiplied in
+  float16, else 33.4, and probabilities below 1e-6 to 1e-8 were lost.
+- exact scores of an edge, 700 to 1,500 keys of a row: 23 words, each in a sector of its own, 16 to 35 MB; 57 turns per
+  key, 5 to 12 us: **7 to 15 us**.
+
 A key's words should lie apart (``buckets`` a view ``[B, G, capacity, words]`` of ``[B, G, words, capacity]``): then a
 warp reads 128 bytes in a row, and does not touch 23 lines.
 """
@@ -34,7 +43,15 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.launch import Scoring, Tile, steps, unit_of
+from sah_transformers.kernels.approximate.buckets import (
+    look_buckets_up,
+    look_coarse_pieces_up,
+    look_pieces_up,
+    more,
+    none,
+)
+from sah_transformers.kernels.approximate.coarse import LEAST_TAU, coarse_score, error_of, settle_kernel
+from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
 from sah_transformers.kernels.approximate.rows import end_of, rows_of
 from sah_transformers.kernels.approximate.socket_prompt import append_many, digits_of
@@ -48,6 +65,8 @@ WHOLE_TILES = (Tile(4096, 1, 8), Tile(8192, 1, 16), Tile(4096, 1, 16), Tile(2048
 PIECE = 4
 MOST_HEADS = 8
 """Rows of a program: their sums stay in registers."""
+SETTLED = 32
+"""Keys of a program that makes coarse scores exact."""
 WHOLE_PLANES = (4, 12)
 WHOLE_KEYS = 2**19
 """From how many keys of all KV heads on, rounded up to a power of two, tables of whole buckets pay."""
@@ -106,6 +125,16 @@ def cut(call: Scoring, given: Given) -> Cut:
     return Cut(whole, -(-planes // pieces), pieces, heads, at_once)
 
 
+def error(call: Scoring, given: Given) -> float:
+    """How far scores of the call may be off, relatively, if it is coarse; 0 where that does not pay.
+
+    It halves the look-ups of three heads and more.
+    """
+    c = cut(call, given)
+    pays = c.at_once > 2 and not call.summed and given.tau >= LEAST_TAU
+    return error_of(given.planes.shape[0], c.pieces) if pays else 0.0
+
+
 def tiles(call: Scoring, given: Given) -> tuple[Tile, ...]:
     return WHOLE_TILES if cut(call, given).whole else TILES
 
@@ -150,7 +179,28 @@ def score(
         *steps(words, unit), words.stride(3), *steps(norm, unit),
         **call.shape(), L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run_of(tables, planes),
         BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, WHOLE=c.whole, SUM=call.summed,
-        STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        COARSE=call.coarse, STEP=words.stride(2), NORM_STEP=norm.stride(2), UNIT=unit,
+        BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+    )  # fmt: skip
+
+
+def settle(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], edges: Edges
+) -> None:
+    """Exact scores of the keys of edges, in place of coarse ones."""
+    c = cut(call, given)
+    batch, heads, rows, _ = call.q.shape
+    tables, planes, _ = given.planes.shape
+    words, norm = side["buckets"], side["norm"]
+    unit = unit_of(words, norm)
+    run = run_of(tables, planes)
+    launch(
+        settle_kernel, (max(1, min(64, power_of_2(call.keys) // 2048)), batch * heads * rows, 1),
+        launch.address(words), launch.address(norm), s["table"], call.scores, edges.cuts, edges.lists,
+        call.stride // 16, edges.wide, edges.longest, *steps(words, unit), words.stride(3), *steps(norm, unit),
+        H=heads, G=call.groups, Q=rows, L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run,
+        BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, STEP=words.stride(2), NORM_STEP=norm.stride(2),
+        UNIT=unit, RUNS=min(16, power_of_2(tables // run)), BN=SETTLED, warps=4,
     )  # fmt: skip
 
 
@@ -282,116 +332,6 @@ def pieces_kernel(
         tl.store(p_table + o_out, b_p.to(tl.float32), mask=o_e < 2 ** min(BITS, K - i * BITS))
 
 
-@triton.jit
-def none():
-    """No tensors: what ``more`` begins with."""
-    return ()
-
-
-@triton.jit
-def more(tensors, b_x):
-    """``tensors`` and one more; a tuple stays in registers, and loops may carry it."""
-    return tensors + (b_x,)  # noqa: RUF005 (Triton does not unpack)
-
-
-@triton.jit
-def buckets_of(p_key, m_k, i_l, sw_w, PLANES: tl.constexpr, WORDS: tl.constexpr):
-    """The bits of keys from table ``i_l`` on: uint64."""
-    begin = i_l * PLANES
-    i_w = begin // 32
-    b_bits = tl.load(p_key + i_w * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    b_more = tl.load(p_key + tl.minimum(i_w + 1, WORDS - 1) * sw_w, mask=m_k, other=0).to(tl.uint32, bitcast=True)
-    return (b_bits | (b_more.to(tl.uint64) << 32)) >> (begin % 32)
-
-
-@triton.jit
-def look_pieces_up(
-    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sums over tables of each head: a tuple of ``AT_ONCE`` and up to three more.
-
-    The pieces of four heads lie in shared memory at a time; one look-up brings a piece of two heads.
-    """
-    SIZE: tl.constexpr = 2**BITS
-    PAIRS: tl.constexpr = (AT_ONCE + 1) // 2
-    o = tl.arange(0, 8 * SIZE)  # of up to four pieces the numbers of two pairs
-    i_piece, i_two = o // (2 * SIZE), o // SIZE % 2
-    p_pairs = p_table.to(tl.pointer_type(tl.int64))
-    sums = none()
-    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
-        sums = more(sums, tl.zeros([BN], tl.float32))
-    for i_l in tl.range(0, L, RUN):
-        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
-        for i_run in tl.static_range(RUN):
-            places = none()
-            for i_p in tl.static_range(4):  # what is not looked at is not looked up
-                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
-                places = more(places, b_e + i_p * 2 * SIZE)
-            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
-            b_place = tl.reshape(tl.join(b_place, b_place + SIZE), [8 * BN])
-            grown = none()
-            for i_pair in tl.static_range(0, PAIRS, 2):
-                p_o = p_pairs + (i_piece * PAIRS + i_pair + i_two) * SIZE + o % SIZE
-                b_t = tl.load(p_o, mask=(i_piece < PIECES) & (i_pair + i_two < PAIRS), other=0)
-                b_x, b_y = tl.split(tl.reshape(tl.gather(b_t, b_place, 0), [BN, 2, 2, 2]))
-                b_one, b_two = product_of(b_x, PIECES)
-                grown = more(more(grown, sums[2 * i_pair] + b_one), sums[2 * i_pair + 1] + b_two)
-                b_one, b_two = product_of(b_y, PIECES)
-                grown = more(more(grown, sums[2 * i_pair + 2] + b_one), sums[2 * i_pair + 3] + b_two)
-            sums = grown
-            p_pairs += PIECES * PAIRS * SIZE
-    return sums
-
-
-@triton.jit
-def piece_of(b_bits, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
-    """Up to ``BITS`` bits of buckets from ``FIRST`` on: int32."""
-    return (b_bits >> FIRST).to(tl.int32) & (2 ** min(BITS, PLANES - FIRST) - 1)
-
-
-@triton.jit
-def product_of(b_x, PIECES: tl.constexpr):
-    """The products over pieces ``[BN, 2, 2]`` of both heads."""
-    b_first, b_second = tl.split(b_x)
-    b_0, b_1 = tl.split(b_first)
-    b_2, b_3 = tl.split(b_second)
-    pieces = (b_0, b_1, b_2, b_3)
-    b_one, b_two = two_of(b_0)
-    for i in tl.static_range(1, PIECES):
-        b_p, b_r = two_of(pieces[i])
-        b_one, b_two = b_one * b_p, b_two * b_r
-    return b_one, b_two
-
-
-@triton.jit
-def two_of(b_x):
-    """The float32 numbers in the lower and upper halves of int64."""
-    return b_x.to(tl.int32).to(tl.float32, bitcast=True), (b_x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def look_buckets_up(
-    p_key, m_k, p_table, sw_w, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, AT_ONCE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Sums over tables and heads. All buckets of a table, the heads summed, lie in shared memory at a time."""
-    o_e = tl.arange(0, 2 ** (PLANES - 2))[:, None]  # four buckets with the same upper piece
-    o_low, o_high = (o_e % 2 ** (BITS - 2)) * 4 + tl.arange(0, 4)[None, :], o_e >> (BITS - 2)
-    b_s = tl.zeros([BN], tl.float32)
-    for i_l in tl.range(0, L, RUN):
-        b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
-        for i_run in tl.static_range(RUN):
-            b_sum = tl.zeros([2 ** (PLANES - 2), 4], tl.float32)
-            for i_h in tl.static_range(AT_ONCE):
-                b_low = tl.load(p_table + i_h * 2**BITS + o_low)
-                b_sum += b_low * tl.load(p_table + (AT_ONCE + i_h) * 2**BITS + o_high)
-            b_e = (b_bits >> (i_run * PLANES)).to(tl.int32) & (2**PLANES - 1)
-            b_s += tl.gather(tl.reshape(b_sum, [2**PLANES]), b_e, 0)
-            p_table += 2 * AT_ONCE * 2**BITS
-    return b_s
-
-
 @triton.jit(
     do_not_specialize=[
         "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sw_b", "sw_g",
@@ -404,8 +344,8 @@ def bucket_score_kernel(
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, L: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, AT_ONCE: tl.constexpr, ROOM: tl.constexpr,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr, COUNT: tl.constexpr,
+    WHOLE: tl.constexpr, SUM: tl.constexpr, COARSE: tl.constexpr, STEP: tl.constexpr, NORM_STEP: tl.constexpr,
+    UNIT: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """One KV head and query, ``AT_ONCE`` of its heads, ``COUNT * BN`` keys.
 
@@ -430,6 +370,8 @@ def bucket_score_kernel(
         p_key = p_words + o_k.to(tl.int64) * STEP
         if WHOLE:
             sums = more(none(), look_buckets_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, AT_ONCE, BN))
+        elif COARSE:
+            sums = look_coarse_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         else:
             sums = look_pieces_up(p_key, m_k, p_table, sw_w, L, PLANES, WORDS, RUN, BITS, PIECES, AT_ONCE, BN)
         b_norm = tl.load(p_norm + o_k.to(tl.int64) * NORM_STEP, mask=m_k, other=0.0)
@@ -439,7 +381,7 @@ def bucket_score_kernel(
             if SUM and not WHOLE:
                 for i in tl.static_range(1, AT_ONCE):
                     b_s = b_s + sums[i]
-            b_s = (b_s * b_norm)[None, :]
+            b_s = (coarse_score(b_s, b_norm) if COARSE else b_s * b_norm)[None, :]
             o_m = (i_first + i_h) * Q + i_q + tl.arange(0, 1)
             o_q, o_r, m_m, first_end, last_start, reach = rows_of(
                 limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
