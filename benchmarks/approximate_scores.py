@@ -21,7 +21,7 @@ import torch
 
 from sah_transformers.bench.timing import compare
 from sah_transformers.kernels.approximate import methods
-from sah_transformers.kernels.approximate.launch import Levels, Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring, Tile
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.maskers.channel_file import write_channels
@@ -204,6 +204,36 @@ def level_us(case: Case, summed: bool, chunk: int, warps: int, truth: torch.Tens
     return replay_us(run) / len(case.sides)
 
 
+def coarse_us(case: Case, tile: Tile, truth: torch.Tensor) -> tuple[float, float]:
+    """Of coarse scores, and of exact ones of 1,024 keys of each row; both are checked."""
+    given, launch, keys = case.given, Direct(), case.k.shape[2]
+    call = replace(call_of(case, tile, False, "peaks", None), coarse=True)
+    scratch = scratch_of(case, call, given)
+    case.module.look_up(launch, call, case.sides[0], given, scratch)
+    rows, flat = len(call.scores), truth.flatten(0, 2)
+    lists = torch.rand(rows, keys, device="cuda").topk(1024).indices.sort().values
+    cuts = torch.full((5, rows), 1024, dtype=torch.int32, device="cuda")
+    edges = Edges(cuts, lists.int(), 1024, 0)
+
+    def run_score() -> None:
+        for side in case.sides:
+            case.module.score(launch, call, side, given, scratch, tile)
+
+    def run_settle() -> None:
+        for side in case.sides:
+            case.module.settle(launch, call, side, given, scratch, edges)
+
+    times = [replay_us(run_score) / len(case.sides)]
+    case.module.score(launch, call, case.sides[0], given, scratch, tile)
+    off = (call.scores[:, :keys] / flat - 1).abs().max().item()
+    assert off <= case.module.error(call, given), f"coarse scores are off by {off}"
+    times.append(replay_us(run_settle) / len(case.sides))
+    case.module.settle(launch, call, case.sides[0], given, scratch, edges)
+    apart = (call.scores.gather(1, lists) - flat.gather(1, lists)).abs().max() / flat.max()
+    assert apart < 4e-6, f"exact scores of an edge are off by {apart}"
+    return times[0], times[1]
+
+
 def tiles_of(case: Case, summed: bool) -> tuple[Tile, ...]:
     """The cuts of the score kernel."""
     return methods.tiles_of(case.module, call_of(case, case.module.TILES[0], summed, "peaks", None), case.given)
@@ -247,6 +277,12 @@ def main() -> None:
             if name in SUMMED:
                 report(case, name, True)
             if name == "socket":
+                truth = truth_of(case, False)
+                for tile in (*case.module.TILES, Tile(512, 1, 2), Tile(2048, 1, 8)):
+                    score, settle = coarse_us(case, tile, truth)
+                    print(
+                        f"  coarse {tile.keys}x{tile.count}w{tile.warps}: {score:.1f}, edges {settle:.1f}", flush=True
+                    )
                 for piece in (3, 6):
                     case.module.PIECE = piece
                     report(case, f"socket pieces of {piece} bits", False)

@@ -134,6 +134,8 @@ def scored(
     assert module.why_not(given, case.q.shape[3]) == ""
     sizes = module.scratch(call, case.side, given)
     scratch = {name: empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
+    if coarse:
+        scratch["table"].fill_(-1.0)  # where a pair has one head alone
     module.look_up(Direct(), call, case.side, given, scratch)
     module.score(Direct(), call, case.side, given, scratch, tile)
     if coarse:

@@ -115,7 +115,7 @@ def short(b_x):
     Each is off by at most half of the last of 16 bits: what the second adds to the first is known when that is rounded.
     """
     b_one, b_two = b_x.to(tl.int32), (b_x >> 32).to(tl.int32)
-    b_two = (b_two + 0x8000) >> 16
+    b_two = (b_two + 0x8000 >> 16) & 0x7FFF  # even where a head has no second one and memory holds anything
     return ((b_one - b_two + 0x8000) & -0x10000) | b_two
 
 
