@@ -125,6 +125,7 @@ def level_scores(
     plan, t = work.plan, work.tuning
     numbers = (work.keys, work.batch, n.stride // 16)
     more = max(1, min(2, plan.keys // 2**17))
+    closer = 2 if error and plan.keys >= 2**17 else 1  # every key of an edge is scored again
     kinds = {
         **work.sighted, "H": work.groups if scoring.summed else work.heads,
         "SOFTMAX": scoring.masses_too, "LOGARITHMIC": scoring.masses_too or skewed,
@@ -132,7 +133,7 @@ def level_scores(
     work.launch(
         line_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
         s["lines"], *numbers, n.pieces, *work.bands, *work.size,
-        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * more,
+        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * more * closer,
         HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=min(16, t.sample_warps * more),
     )  # fmt: skip
     work.launch(
