@@ -219,6 +219,18 @@ def test_masks(stack):
 
 
 @kernel_test
+@pytest.mark.parametrize("stack", ["pages alone", "pages all", "pages of 7", "group pages", "keys"])
+def test_rows_that_see_a_stretch_of_the_keys(stack):
+    """Which begins and ends within a page, others rows seeing what lies before and behind."""
+    q, k, v = tensors(B=2, H=4, G=2, Q=3, K=100)
+    o_k = torch.arange(100, device=DEVICE)
+    seen = torch.stack([(o_k >= 5) & (o_k < 78), o_k < 61, o_k >= 33])
+    check(call_of(STACKS[stack], q, k, v, attention_mask=seen[None, None], is_causal=False))
+    seen = torch.stack([seen, seen.roll(1, 0) & (o_k != 50)])[:, None]
+    check(call_of(STACKS[stack], q, k, v, attention_mask=seen, is_causal=False))
+
+
+@kernel_test
 @pytest.mark.parametrize("stack", FEW)
 def test_softcap_and_sinks(stack):
     q, k, v = tensors(K=200)

@@ -36,7 +36,7 @@ PARTS = {
     "attention": r"fmha|flash|sdpa|dot_product|(bands|merge|combine|gather\w*|stream)_kernel",
     "cache": r"CatArray|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
     "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|count|bounds|select\w*|flags|slots|follow|fold\w*|"
-    r"line|\w*level\w*|edge|hash|label|code|table|pieces|bucket)_kernel|topk|sort",
+    r"line|\w*level\w*|edge|settle|hash|label|code|table|pieces|bucket)_kernel|topk|sort",
 }
 """What a kernel (on a CPU: an operator) belongs to, by its name. All else is "rest"."""
 

@@ -52,7 +52,7 @@ def keys_of(
     if SLOTS:
         p_slot = slots + i_b.to(tl.int64) * tokens + o_t
         o_t = tl.where(m_bent, tl.load(p_slot, mask=m_u & (o_j < PAGE) & m_bent, other=-1), o_t + shift)
-    m_t = m_u & (o_j < PAGE) & (o_t >= first_end) & (o_t < last_start)
+    m_t = m_u & (o_j < PAGE) & (o_t >= tl.maximum(first_end, begin)) & (o_t < last_start)
     o_n = (o_u - listed) * WIDE + o_j
     o_k = tl.where(m_u, o_t, tl.where(o_n < head, begin + o_n, tail + o_n - head))
     m_k = (m_t | ((o_u >= listed) & (o_n < banded))) & (o_k < end)

@@ -8,7 +8,7 @@ is certain where the output is at least as large; keys with another one are list
 32,768 keys, 32 MLPs of 128 -> 128 -> 128 -> 32 numbers, H100: four products of halves, 309 GFLOP, 0.31 ms at full
 speed; 268 M SiLUs with their cutting into parts, 25 instructions each, 0.25 ms, which another warp group's products can
 hide; 147 KB of weights for each of 5,000 to 10,000 listed keys, 1.5 GB from the L2: 0.1 to 0.3 ms. **0.6 to 0.9 ms** by
-this count, where float64 alone took 7.0; not measured yet.
+this count, 1.45 measured; float64 alone took 7.0.
 """
 
 from __future__ import annotations
