@@ -77,8 +77,9 @@ class StaticState(LayerState):
         self.captured, self.keeper = captured, keeper
         before, self._handed = self._handed, [masker.config for masker in maskers]
         if before != self._handed or not self._settled():
-            self.memory, self.layout = side_by_side(self._named())
-            self._settle()
+            with torch.inference_mode(False):  # calls outside of it may write there as well
+                self.memory, self.layout = side_by_side(self._named())
+                self._settle()
             torch._dynamo.mark_static_address(self.memory)
 
     def _named(self) -> dict[str, torch.Tensor]:
