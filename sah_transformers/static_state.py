@@ -75,11 +75,11 @@ class StaticState(LayerState):
     def hand_out(self, maskers: Sequence[Masker], keeper: int, captured: bool) -> None:
         """Have ``memory`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
         self.captured, self.keeper = captured, keeper
-        self._handed = [masker.config for masker in maskers]
-        named = self._named()
-        if self.memory is None or not all(_shares(tensor, self.memory) for tensor in named.values()):
-            self.memory, self.layout = side_by_side(named)
-            self._settle()
+        before, self._handed = self._handed, [masker.config for masker in maskers]
+        if before != self._handed or not self._settled():
+            with torch.inference_mode(False):  # calls outside of it may write there as well
+                self.memory, self.layout = side_by_side(self._named())
+                self._settle()
             torch._dynamo.mark_static_address(self.memory)
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -109,9 +109,15 @@ class StaticState(LayerState):
             for name, buffer in self._side[config].items():
                 buffer.storage = named[f"{number}.{name}"]
 
+    def _settled(self) -> bool:
+        """Whether ``memory`` is what compiled code needs, no more and no less."""
+        memory, named = self.memory, self._named()
+        if memory is None or [one.partition(":")[0] for one in self.layout.split()] != list(named):
+            return False
+        return all(_shares(tensor, memory) for tensor in named.values())
+
     def __getstate__(self) -> dict[str, Any]:
-        memory = self.memory
-        if memory is not None and all(_shares(tensor, memory) for tensor in self._named().values()):
+        if self._settled():
             return self.__dict__
         return {**self.__dict__, "memory": None, "keeper": 0}
 

@@ -231,6 +231,35 @@ def test_another_stack_on_the_same_cache():
         check_side_data(model, cache, torch.tensor([0]))
 
 
+@pytest.mark.parametrize("method", ["quest", "pq_cache"])
+def test_a_prompt_in_inference_mode(method):
+    """And steps outside of it, where the cache's own tensors allow it."""
+    model = sparse(stack(method))
+    cache, truth = static(model), DynamicCache()
+    cache.early_initialization(1, 2, 16, torch.float64, torch.device("cpu"))
+    logits(model, prompt(22), past_key_values=truth)
+    with torch.inference_mode():
+        model(input_ids=prompt(22), past_key_values=cache)
+    run = torch.compile(model, backend="aot_eager")
+    more = prompt(5, seed=2)
+    assert torch.equal(steps(model, cache, more[:, :2]), steps(model, truth, more[:, :2]))
+    assert torch.equal(steps(model, cache, more[:, 2:], run), steps(model, truth, more[:, 2:]))
+    check_side_data(model, cache, torch.tensor([0]))
+
+
+def test_parts_of_a_stack_on_the_same_cache():
+    """Some of the maskers, and the same in another order: whose side data compiled code finds where."""
+    several = [*stack("quest"), METHODS["quest"] | {"page_size": 2}, METHODS["socket"]]
+    model = sparse(several)
+    cache, truth = static(model), DynamicCache()
+    run = torch.compile(model, backend="aot_eager")
+    for part in (several, several[::-1], several[1:], several[:-1]):
+        sah_transformers.enable(model, part)
+        more = prompt(4, seed=3)
+        assert torch.equal(steps(model, cache, more, run), steps(model, truth, more))
+        check_side_data(model, cache, torch.tensor([0]))
+
+
 def test_several_maskers_with_side_data_and_others_for_the_prompt():
     several = [*stack("quest"), METHODS["socket"], METHODS["pq_cache"]]
     model = sparse({"maskers": several, "prefill": stack("hash_attention"), "dense_layers": [1]})
