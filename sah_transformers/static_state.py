@@ -111,10 +111,10 @@ class StaticState(LayerState):
 
     def _settled(self) -> bool:
         """Whether ``memory`` is what compiled code needs, no more and no less."""
-        memory, named = self.memory, self._named()
-        if memory is None or [one.partition(":")[0] for one in self.layout.split()] != list(named):
+        if self.memory is None:
             return False
-        return all(_shares(tensor, memory) for tensor in named.values())
+        named, names = self._named(), [one.rsplit(":", 4)[0] for one in self.layout.split()]
+        return names == list(named) and all(_shares(tensor, self.memory) for tensor in named.values())
 
     def __getstate__(self) -> dict[str, Any]:
         if self._settled():
@@ -302,7 +302,7 @@ def laid_out(memory: torch.Tensor, layout: str) -> dict[str, torch.Tensor]:
     """The tensors in ``memory``, by name."""
     tensors = {}
     for one in layout.split():
-        name, begin, dtype, shape, strides = one.split(":")
+        name, begin, dtype, shape, strides = one.rsplit(":", 4)
         kind = getattr(torch, dtype)
         sizes, steps = ([int(number) for number in numbers.split(",") if number] for numbers in (shape, strides))
         part = memory[int(begin) : int(begin) + math.prod(sizes) * kind.itemsize].view(kind)
