@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -75,8 +76,8 @@ class StaticState(LayerState):
     def hand_out(self, maskers: Sequence[Masker], keeper: int, captured: bool) -> None:
         """Have ``memory`` ready for compiled code of the plan ``keeper``, whose ``maskers`` were just updated."""
         self.captured, self.keeper = captured, keeper
-        before, self._handed = self._handed, [masker.config for masker in maskers]
-        if before != self._handed or not self._settled():
+        self._handed = [masker.config for masker in maskers]
+        if not self._settled():
             with torch.inference_mode(False):  # calls outside of it may write there as well
                 self.memory, self.layout = side_by_side(self._named())
                 self._settle()
@@ -110,11 +111,15 @@ class StaticState(LayerState):
                 buffer.storage = named[f"{number}.{name}"]
 
     def _settled(self) -> bool:
-        """Whether ``memory`` is what compiled code needs, no more and no less."""
+        """Whether ``memory`` is what compiled code needs, no more and no less, each where its layout says."""
         if self.memory is None:
             return False
-        named, names = self._named(), [one.rsplit(":", 4)[0] for one in self.layout.split()]
-        return names == list(named) and all(_shares(tensor, self.memory) for tensor in named.values())
+        storage = self.memory.untyped_storage().data_ptr()
+        places = {name: (storage, place.begin) for name, place in places_of(self.layout).items()}
+        return places == {
+            name: (tensor.untyped_storage().data_ptr(), tensor.storage_offset() * tensor.itemsize)
+            for name, tensor in self._named().items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         if self._settled():
@@ -298,17 +303,30 @@ def side_by_side(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, str]:
     return memory, " ".join(layout)
 
 
+class Place(NamedTuple):
+    """Where a tensor of a layout begins, in bytes, and what it is."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: list[int]
+    strides: list[int]
+
+
+@lru_cache(maxsize=1024)
+def places_of(layout: str) -> dict[str, Place]:
+    """A layout's tensors, by name."""
+    places = {}
+    for one in layout.split():
+        name, begin, dtype, *numbers = one.rsplit(":", 4)
+        shape, strides = ([int(number) for number in part.split(",") if number] for part in numbers)
+        places[name] = Place(int(begin), getattr(torch, dtype), shape, strides)
+    return places
+
+
 def laid_out(memory: torch.Tensor, layout: str) -> dict[str, torch.Tensor]:
     """The tensors in ``memory``, by name."""
     tensors = {}
-    for one in layout.split():
-        name, begin, dtype, shape, strides = one.rsplit(":", 4)
-        kind = getattr(torch, dtype)
-        sizes, steps = ([int(number) for number in numbers.split(",") if number] for numbers in (shape, strides))
-        part = memory[int(begin) : int(begin) + math.prod(sizes) * kind.itemsize].view(kind)
-        tensors[name] = part.as_strided(sizes, steps)
+    for name, (begin, dtype, shape, strides) in places_of(layout).items():
+        part = memory[begin : begin + math.prod(shape) * dtype.itemsize]
+        tensors[name] = part.view(dtype).as_strided(shape, strides)
     return tensors
-
-
-def _shares(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()

@@ -38,6 +38,19 @@ def tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def recorder_of(recorded):
+    """A class that stands for `place.Direct` and launches nothing."""
+
+    class Recorder:
+        def address(self, tensor):
+            return tensor
+
+        def __call__(self, kernel, grid, *args, warps=4, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {}))
+
+    return Recorder
+
+
 def side_of(name, module, B, H, G, K, D, apart, planes=12):
     """(side data, what the kernels need besides)."""
     i32, u8, f16 = torch.int32, torch.uint8, torch.float16
@@ -68,14 +81,7 @@ def launches(
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
     recorded = []
-
-    class Recorder:
-        def address(self, tensor):
-            return tensor
-
-        def __call__(self, kernel, grid, *args, warps=4, **constants):
-            recorded.append(Launch(kernel, args, constants, warps, {}))
-
+    Recorder = recorder_of(recorded)
     side, given = side_of(name, module, B, H, G, K, D, apart, planes)
     call = Scoring(
         tensor(B, H, Q, D, dtype=dtype), tensor(B, G, K, D, dtype=dtype), K, 0,
@@ -114,12 +120,9 @@ def fit_launches(recorder, codes, given, keys):
     """Launch what makes the codebooks and the codes of a whole prompt."""
     from sah_transformers.kernels.approximate import k_means
 
-    original, k_means.Direct = k_means.Direct, recorder
-    try:
+    with patch.object(k_means, "Direct", recorder):
         k_means.k_means(keys[0], given.step[0], given.centroids.shape[3], 1)
         k_means.codes_of(keys, given.centroids, given.step, codes)
-    finally:
-        k_means.Direct = original
 
 
 def prompt_launches(architecture, dtype=torch.bfloat16, D=128, bits=32, H=32, G=8, K=32768):
@@ -128,39 +131,31 @@ def prompt_launches(architecture, dtype=torch.bfloat16, D=128, bits=32, H=32, G=
     from sah_transformers.kernels.approximate.hash_digits import digits_of
 
     recorded = []
-
-    class Recorder:
-        def __call__(self, kernel, grid, *args, warps=4, **constants):
-            recorded.append(Launch(kernel, args, constants, warps, {}))
-
+    tiles = hash_prompt.COUNT if architecture == 90 else 1
     keys = tensor(1, G, K, D, dtype=dtype)
     mlp = tuple((tensor(H, o, i), tensor(H, o)) for i, o in pairwise([D, 128, 128, bits]))
     assert hash_prompt.fits(keys, mlp)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hash_prompt, "Direct", Recorder)
-        patch.setattr(hash_prompt, "COUNT", hash_prompt.COUNT if architecture == 90 else 1)
+    with patch.multiple(hash_prompt, Direct=recorder_of(recorded), COUNT=tiles):
         hash_prompt.hash_prompt(keys, mlp, digits_of(mlp), tensor(1, H, K, bits // 32, dtype=torch.int32), 0)
     return recorded
 
 
 def main(architectures, verbose, usual):
+    def compile_all(recorded, architecture, *what):
+        for launch in recorded:
+            result = compiled(launch, architecture)
+            used = resources(result) if verbose else ""
+            print("compiled", architecture, *what, launch.kernel.__name__, used, flush=True)
+
     for architecture in architectures:
         for form, options in PROMPTS.items():
-            if usual and form not in USUAL:
-                continue
-            for launch in prompt_launches(architecture, **options):
-                result = compiled(launch, architecture)
-                used = resources(result) if verbose else ""
-                print("compiled", architecture, "hash_attention", form, launch.kernel.__name__, used, flush=True)
+            if form in USUAL or not usual:
+                compile_all(prompt_launches(architecture, **options), architecture, "hash_attention", form)
         for name in METHODS:
             for form, options in FORMS.items():
                 none = (options.get("summed") and name not in SUMMED) or (options.get("coarse") and name not in COARSE)
-                if none or (usual and form not in USUAL):
-                    continue
-                for launch in launches(name, **options):
-                    result = compiled(launch, architecture)
-                    used = resources(result) if verbose else ""
-                    print("compiled", architecture, name, form, launch.kernel.__name__, used, flush=True)
+                if not none and (form in USUAL or not usual):
+                    compile_all(launches(name, **options), architecture, name, form)
 
 
 @pytest.mark.slow

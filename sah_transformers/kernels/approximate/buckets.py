@@ -17,6 +17,15 @@ def more(tensors, b_x):
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, BN: tl.constexpr):
+    """Sums to begin with."""
+    sums = none()
+    for _ in tl.static_range(COUNT):
+        sums = more(sums, tl.zeros([BN], tl.float32))
+    return sums
+
+
+@triton.jit
 def buckets_of(p_key, m_k, i_l, sw_w, PLANES: tl.constexpr, WORDS: tl.constexpr):
     """The bits of keys from table ``i_l`` on: uint64."""
     begin = i_l * PLANES
@@ -40,17 +49,11 @@ def look_pieces_up(
     o = tl.arange(0, 8 * SIZE)  # of up to four pieces the numbers of two pairs
     i_piece, i_two = o // (2 * SIZE), o // SIZE % 2
     p_pairs = p_table.to(tl.pointer_type(tl.int64))
-    sums = none()
-    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
-        sums = more(sums, tl.zeros([BN], tl.float32))
+    sums = zeros(4 * ((PAIRS + 1) // 2), BN)
     for i_l in tl.range(0, L, RUN):
         b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
         for i_run in tl.static_range(RUN):
-            places = none()
-            for i_p in tl.static_range(4):  # what is not looked at is not looked up
-                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
-                places = more(places, b_e + i_p * 2 * SIZE)
-            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
+            b_place = places_of(b_bits >> (i_run * PLANES), PLANES, BITS, PIECES, 2 * SIZE)
             b_place = tl.reshape(tl.join(b_place, b_place + SIZE), [8 * BN])
             grown = none()
             for i_pair in tl.static_range(0, PAIRS, 2):
@@ -77,18 +80,11 @@ def look_coarse_pieces_up(
     o = tl.arange(0, 4 * SIZE)  # of up to four pieces
     m_piece = o < PIECES * SIZE
     p_pairs = p_table.to(tl.pointer_type(tl.int64)) + (o // SIZE * PAIRS * SIZE + o % SIZE)
-    sums = none()
-    for _ in tl.static_range(4 * ((PAIRS + 1) // 2)):
-        sums = more(sums, tl.zeros([BN], tl.float32))
+    sums = zeros(4 * ((PAIRS + 1) // 2), BN)
     for i_l in tl.range(0, L, RUN):
         b_bits = buckets_of(p_key, m_k, i_l, sw_w, PLANES, WORDS)
         for i_run in tl.static_range(RUN):
-            places = none()
-            for i_p in tl.static_range(4):  # what is not looked at is not looked up
-                b_e = piece_of(b_bits >> (i_run * PLANES), min(i_p, PIECES - 1) * BITS, PLANES, BITS)
-                places = more(places, b_e + i_p * SIZE)
-            b_place = tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
-            b_place = tl.reshape(b_place, [4 * BN])
+            b_place = tl.reshape(places_of(b_bits >> (i_run * PLANES), PLANES, BITS, PIECES, SIZE), [4 * BN])
             grown = none()
             for i_pair in tl.static_range(0, PAIRS, 2):
                 b_t = short(tl.load(p_pairs + i_pair * SIZE, mask=m_piece, other=0)).to(tl.uint32).to(tl.int64)
@@ -136,6 +132,15 @@ def times(one, two):
 def piece_of(b_bits, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
     """Up to ``BITS`` bits of buckets from ``FIRST`` on: int32."""
     return (b_bits >> FIRST).to(tl.int32) & (2 ** min(BITS, PLANES - FIRST) - 1)
+
+
+@triton.jit
+def places_of(b_bits, PLANES: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, APART: tl.constexpr):
+    """Where four pieces of buckets lie, ``APART`` numbers from one to the next: ``[BN, 2, 2]``."""
+    places = none()
+    for i in tl.static_range(4):  # what is not looked at is not looked up
+        places = more(places, piece_of(b_bits, min(i, PIECES - 1) * BITS, PLANES, BITS) + i * APART)
+    return tl.join(tl.join(places[0], places[1]), tl.join(places[2], places[3]))
 
 
 @triton.jit
