@@ -231,6 +231,19 @@ def test_rows_that_see_a_stretch_of_the_keys(stack):
 
 
 @kernel_test
+@pytest.mark.parametrize("stack", ["pages alone", "pages of 7", "group pages"])
+def test_rows_that_see_padding_between_the_tokens(stack):
+    """Keys that were no tokens when they came, and that a later call sees nevertheless: tokens lie apart there."""
+    q, k, v = tensors(B=2, H=4, G=2, K=100)
+    state, real = LayerState(), torch.ones(2, 99, dtype=torch.bool, device=DEVICE)
+    real[0, 40:52] = False
+    call_of(STACKS[stack], q, k[:, :, :99], v[:, :, :99], attention_mask=real, layer_state=state)
+    call = call_of(STACKS[stack], q, k, v, layer_state=state)
+    assert call.context.padded
+    check(call)
+
+
+@kernel_test
 @pytest.mark.parametrize("stack", FEW)
 def test_softcap_and_sinks(stack):
     q, k, v = tensors(K=200)
