@@ -1,7 +1,7 @@
 """Where Transformers loads a model: the keyword ``sparse_attention`` is taken and the built model is checked; and where
-``generate()`` makes its cache.
+``generate()`` makes its cache and compiles the model.
 
-Transformers has no entry point for plugins, so this wraps four methods of ``PreTrainedModel`` and one of
+Transformers has no entry point for plugins, so this wraps five methods of ``PreTrainedModel`` and one of
 ``GenerationMixin``. Each wrapper does nothing for a model that is not asked to be sparse.
 """
 
@@ -24,6 +24,7 @@ from transformers import (
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
 from sah_transformers.integration.cache import append_in_place
 from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
+from sah_transformers.integration.guards import once_per_call
 from sah_transformers.integration.models import attach, check_class, refuse
 
 MARK = "_sah_wrapper"
@@ -39,6 +40,7 @@ def install() -> None:
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _get_correct_attn_implementation)
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
+    _wrap(PreTrainedModel, "get_compiled_call", _get_compiled_call)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", _prepare_cache_for_generation)
 
 
@@ -117,6 +119,12 @@ def _prepare_cache_for_generation(
     if type(cache) is DynamicCache and not users and not cache.offloading and _is_sparse(self):
         append_in_place(cache, max_cache_length)
     return result
+
+
+def _get_compiled_call(original: Callable[..., Any], self: Any, compile_config: Any) -> Any:
+    if not _is_sparse(self):
+        return original(self, compile_config)
+    return once_per_call(functools.partial(original, self), self, compile_config or self._default_compile_config())
 
 
 def _with_keyword(config: PreTrainedConfig, value: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:
