@@ -21,6 +21,9 @@ sum of the k-means is exact in float64, whatever the order, the padding, the chu
 REACH = 8 * GRID
 """Larger sub-vectors, of later keys, are rounded to multiples of a power of two that keeps their sums exact too."""
 
+LARGEST = 2.0**120
+"""Numbers of keys from this on count as zero: centroids of sub-vectors near float32's end would be infinite."""
+
 ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 """Distances held at once, per device type."""
 
@@ -121,10 +124,14 @@ class PQCache(TopKMasker):
         self, keys: torch.Tensor, values: torch.Tensor, ctx: Context
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Codebooks of the sequences that have enough keys and none yet."""
-        batch, groups, _, dim = keys.shape
-        count, parts = 2**self.config.pq_bits, self.parts(dim)
+        batch, groups, total, dim = keys.shape
+        count, parts, skipped = 2**self.config.pq_bits, self.parts(dim), self.config.init_offset
         assert ctx.positions is not None
-        fitted = ctx.positions >= self.config.init_offset  # [B, K]; padding has -1
+        if not ctx.padded and total - skipped >= KEYS_PER_CENTROID * count:
+            made = self.by_kernels(keys[:, :, skipped:], ctx)
+            if made is not None:
+                return made, torch.ones(batch, dtype=torch.bool, device=keys.device)
+        fitted = ctx.positions >= skipped  # [B, K]; padding has -1
         ready = fitted.sum(-1) >= KEYS_PER_CENTROID * count
         width = dim // parts + (self.config.metric == "ip")
         data = {
@@ -135,38 +142,45 @@ class PQCache(TopKMasker):
             data["radius"] = keys.new_zeros(batch, groups, parts, dtype=torch.float64)
         missing = ready & ~ctx.side["ready"] if "ready" in ctx.side else ready
         for b in missing.nonzero().flatten().tolist():
-            chosen = keys[b][:, fitted[b]]  # [G, n, D]
-            step = step_of(split(chosen.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(1, keepdim=True), parts))
-            if "radius" in data:
-                points = snap(split(chosen, parts), step)
-                data["radius"][b] = points.square().sum(-1).amax(-1)
-                centroids = k_means(augment(points, data["radius"][b]), count, self.config.kmeans_iter)
-            else:
-                centroids = self.fit(chosen, step, ctx)
-            data["centroids"][b] = (centroids * step[..., None, None]).float()
-            data["step"][b] = step.float()
+            chosen = keys[b : b + 1][:, :, fitted[b]]  # [1, G, n, D]
+            for name, tensor in (self.by_kernels(chosen, ctx) or self.fit(chosen)).items():
+                data[name][b] = tensor[0]
         return data, ready
 
-    def fit(self, keys: torch.Tensor, step: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """Centroids ``[G, M, C, S]`` of ``keys [G, n, D]`` in whole numbers of ``step [G, M]``, by kernels where they
-        take them."""
-        count, iterations, parts = 2**self.config.pq_bits, self.config.kmeans_iter, step.shape[1]
+    def by_kernels(self, keys: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor] | None:
+        """As ``fit``, of all sequences at once; None where there are no kernels for it."""
+        count, iterations, parts = 2**self.config.pq_bits, self.config.kmeans_iter, self.parts(keys.shape[3])
 
-        def by_kernels() -> torch.Tensor | None:
+        def run() -> dict[str, torch.Tensor] | None:
             from sah_transformers.kernels.approximate import k_means as kernels
 
-            width = keys.shape[2] // parts
-            return kernels.k_means(keys, step, count, iterations) if kernels.fits(keys, width) else None
+            if self.config.metric == "ip" or not kernels.fits(keys, keys.shape[3] // parts):
+                return None
+            centroids, step = kernels.codebooks(keys, parts, count, iterations)
+            return {"centroids": centroids, "step": step}
 
-        centroids = attempt(self, keys, ctx, by_kernels)
-        return k_means(snap(split(keys, parts), step), count, iterations) if centroids is None else centroids
+        return attempt(self, keys, ctx, run)
+
+    def fit(self, keys: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is made once of sequences, of ``keys [B, G, n, D]``."""
+        points = split(keys, self.parts(keys.shape[3]))
+        step = step_of(points)
+        points, data = snap(points, step), dict[str, torch.Tensor]()
+        if self.config.metric == "ip":
+            data["radius"] = points.square().sum(-1).amax(-1)
+            points = augment(points, data["radius"])
+        centroids = k_means(points, 2**self.config.pq_bits, self.config.kmeans_iter)
+        return data | {"centroids": (centroids * step[..., None, None]).float(), "step": step.float()}
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Codes of new keys; zeros while there is no codebook."""
         batch, groups, new, dim = keys.shape
-        parts, step = self.parts(dim), ctx.side["step"].double()
-        centroids = ctx.side["centroids"].double() / step[..., None, None]
+        parts, step = self.parts(dim), ctx.side["step"]
         codes = torch.zeros(batch, groups, new, parts, dtype=torch.uint8, device=keys.device)
+        if not new:
+            return {"codes": codes}
+        step = step.double()
+        centroids = ctx.side["centroids"].double() / step[..., None, None]
         for start, stop in blocks(new, centroids):
             points = snap(split(keys[:, :, start:stop], parts), step)
             if "radius" in ctx.side:
@@ -193,9 +207,10 @@ class PQCache(TopKMasker):
 
 
 def split(keys: torch.Tensor, parts: int) -> torch.Tensor:
-    """Sub-vectors ``[..., M, n, S]`` of keys ``[..., n, D]``, in float64; NaN and Inf count as zero."""
-    finite = keys.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return finite.unflatten(-1, (parts, -1)).transpose(-3, -2)
+    """Sub-vectors ``[..., M, n, S]`` of keys ``[..., n, D]``, in float64; NaN and numbers from ``LARGEST`` on count
+    as zero."""
+    keys = keys.double()
+    return torch.where(keys.abs() < LARGEST, keys, 0.0).unflatten(-1, (parts, -1)).transpose(-3, -2)
 
 
 def power_above(numbers: torch.Tensor) -> torch.Tensor:
@@ -205,7 +220,7 @@ def power_above(numbers: torch.Tensor) -> torch.Tensor:
 
 def step_of(points: torch.Tensor) -> torch.Tensor:
     """The power of two ``[..., M]`` that brings the numbers of ``points [..., M, n, S]`` below ``GRID``."""
-    return power_above(points.abs().amax((-1, -2))).clamp(2.0**-100, 2.0**127) / GRID
+    return power_above(points.abs().amax((-1, -2))).clamp(min=2.0**-100) / GRID
 
 
 def snap(points: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
