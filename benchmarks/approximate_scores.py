@@ -4,7 +4,8 @@
 
 Prints one short table: microseconds of CUDA-graph replays over as many copies of the side data as do not fit into the
 cache. ``peaks``: scores and peaks alone; ``masses``: with masses; ``bins``: with a histogram of a tenth of the keys.
-HashAttention's levels and their counts, which take the place of scores, are timed by chunk and warps.
+HashAttention's levels and their counts, which take the place of scores, are timed by chunk and warps, and so are levels
+beside scores (Double Sparsity, PQCache), and the lines that they are laid on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from sah_transformers.bench.timing import compare
 from sah_transformers.kernels.approximate import methods
-from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Edges, Levels, Samples, Scoring, Tile
 from sah_transformers.kernels.approximate.place import Direct
 from sah_transformers.maskers import MaskerRegistry
 from sah_transformers.maskers.channel_file import write_channels
@@ -184,7 +185,7 @@ def level_us(case: Case, summed: bool, chunk: int, warps: int, truth: torch.Tens
     bins = 1 << max(6, most.bit_length())
     rows, chunks = len(call.scores), call.stride // chunk
     cut = Levels(
-        torch.empty(rows, call.stride, dtype=torch.uint8, device="cuda"),
+        None, torch.empty(rows, call.stride, dtype=torch.uint8, device="cuda"),
         torch.empty(rows, chunks, bins, dtype=torch.int32, device="cuda"), chunk, bins, warps,
     )  # fmt: skip
     scratch = scratch_of(case, call, given)
@@ -202,6 +203,38 @@ def level_us(case: Case, summed: bool, chunk: int, warps: int, truth: torch.Tens
             case.module.level(launch, call, side, given, scratch, cut)
 
     return replay_us(run) / len(case.sides)
+
+
+def scored_levels_us(case: Case, chunk: int, warps: int, truth: torch.Tensor) -> tuple[float, float]:
+    """Of levels beside scores, and of the lines that they are laid on; both are checked."""
+    given, launch, keys = case.given, Direct(), case.k.shape[2]
+    call = call_of(case, Tile(chunk, 1, warps), False, "peaks", None)
+    rows, chunks = len(call.scores), call.stride // chunk
+    samples = Samples(torch.empty(3, rows, device="cuda"), (keys // 20, 0), 1024, 8, 16)
+    cut = Levels(
+        samples.lines, torch.empty(rows, call.stride, dtype=torch.uint8, device="cuda"),
+        torch.empty(rows, chunks, 8, dtype=torch.int32, device="cuda"), chunk, 16, warps,
+    )  # fmt: skip
+    scratch = scratch_of(case, call, given)
+    case.module.look_up(launch, call, case.sides[0], given, scratch)
+
+    def run_line() -> None:
+        for side in case.sides:
+            case.module.line(launch, call, side, given, scratch, samples)
+
+    def run_level() -> None:
+        for side in case.sides:
+            case.module.level(launch, call, side, given, scratch, cut)
+
+    line = replay_us(run_line) / len(case.sides)
+    level = replay_us(run_level) / len(case.sides)
+    flat = truth.flatten(0, 2)
+    assert (call.scores[:, :keys] - flat).abs().max() < 4e-6 * flat.abs().max(), "scores differ"
+    reached = [(cut.levels >= low).sum(1) for low in (15, 2)]
+    assert bool(((reached[0] < keys // 20) & (reached[1] > keys // 20)).all()), "a line misses the cut"
+    counts = torch.nn.functional.one_hot(cut.levels[:2].long().unflatten(1, (chunks, chunk)), 16).sum(2)
+    assert torch.equal(cut.histogram[:2].long(), counts[..., :8] | counts[..., 8:] << 16), "counts of levels differ"
+    return level, line
 
 
 def coarse_us(case: Case, tile: Tile, truth: torch.Tensor) -> tuple[float, float]:
@@ -258,6 +291,11 @@ def report(case: Case, label: str, summed: bool) -> None:
         cuts = [(1024, 4), (1024, 2), (1024, 8), (2048, 8), (2048, 4), (4096, 8), (512, 2)]
         found = "; ".join(f"{c}w{w} {level_us(case, summed, c, w, truth):.1f}" for c, w in cuts)
         print(f"\n  levels: {found}", end="")
+    if hasattr(case.module, "line"):
+        cuts = [(1024, 4), (1024, 2), (1024, 8), (2048, 8), (2048, 4)]
+        times = [(cut, scored_levels_us(case, *cut, truth)) for cut in cuts]
+        found = "; ".join(f"{c}w{w} {level:.1f}" for (c, w), (level, _) in times)
+        print(f"\n  levels beside scores: {found}; lines {times[0][1][1]:.1f}", end="")
     looked, appended = rest_us(case, summed)
     print(f"\n  best {best}, look-up {looked:.1f}, append {appended:.1f}", flush=True)
 

@@ -20,6 +20,7 @@ from sah_transformers.kernels.masked_attention import masked_attention
 from sah_transformers.mask import Mask
 
 METRICS = ("density", "keys_per_row", "recall", "output_error", "latency_ms")
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Log:
         """Mean of a metric over the sparse calls of a phase and layer (None = all); nan where all were dense.
 
         Raises:
-            ValueError: for an unknown metric.
+            ValueError: for an unknown metric or phase.
         """
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if phase not in (None, *PHASES):
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}, or None, got {phase!r}")
         chosen = [
             getattr(entry, metric)
             for entry in self.entries

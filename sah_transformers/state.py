@@ -301,7 +301,8 @@ class LayerState:
             have = self._lengths.get(config, 0)
             data, part = None, context
             if masker.prepares:
-                prepared = self._prepare(masker, keys, values, context.but(positions=positions))
+                known = context.but(positions=positions, padded=self.padded)
+                prepared = self._prepare(masker, keys, values, known)
                 if prepared is not None:
                     if prepared is not self._prepared.get(config):
                         made[config], have = prepared, 0  # what was kept so far was made without it

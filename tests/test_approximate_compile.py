@@ -16,7 +16,9 @@ from test_kernel_compile import Launch, compiled, resources
 FORMS = {
     "masses": {},
     "histogram": {"masses": False},
+    "peaks": {"masses": False, "bins": 0},
     "peaks, masked": {"masses": False, "bins": 0, "masked": True, "dtype": torch.float16},
+    "peaks, 2,097,152 keys": {"masses": False, "bins": 0, "K": 2**21, "apart": False},
     "5 queries, float32": {"Q": 5, "masked": True, "dtype": torch.float32, "D": 80, "apart": False},
     "summed": {"summed": True, "masses": False},
     "summed, few keys": {"summed": True, "masses": False, "K": 1024},
@@ -29,7 +31,7 @@ PROMPTS = {
     "prompt, float32, D=80": {"dtype": torch.float32, "D": 80},
     "prompt, float16, 64 bits": {"dtype": torch.float16, "bits": 64},
 }
-USUAL = ("masses", "peaks, masked", "summed", "coarse", "prompt")
+USUAL = ("masses", "peaks", "peaks, masked", "summed", "coarse", "prompt")
 METHODS = ("hash_attention", "double_sparsity", "pq_cache", "socket")
 SUMMED, COARSE = ("hash_attention", "socket"), ("socket",)
 
@@ -45,8 +47,8 @@ def recorder_of(recorded):
         def address(self, tensor):
             return tensor
 
-        def __call__(self, kernel, grid, *args, warps=4, **constants):
-            recorded.append(Launch(kernel, args, constants, warps, {}))
+        def __call__(self, kernel, grid, *args, warps=4, cap=None, **constants):
+            recorded.append(Launch(kernel, args, constants, warps, {} if cap is None else {"maxnreg": cap}))
 
     return Recorder
 
@@ -76,7 +78,7 @@ def launches(
     summed=False, apart=True, coarse=False, planes=12,
 ):  # fmt: skip
     """What a call and an append of one method would launch."""
-    from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring
+    from sah_transformers.kernels.approximate.launch import Edges, Levels, Samples, Scoring
     from sah_transformers.kernels.approximate.methods import tiles_of
 
     module = importlib.import_module(f"sah_transformers.kernels.approximate.{name}")
@@ -99,10 +101,13 @@ def launches(
         edges = Edges(tensor(1, dtype=torch.int32), tensor(1, dtype=torch.int32), 9, 5)
         module.settle(Recorder(), call, side, given, scratch, edges)
     levels = module.levels(call, given)
+    arrays = tensor(1), tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)
     if levels:
-        arrays = tensor(1, dtype=torch.uint8), tensor(1, dtype=torch.int32)
         bins = 1 << max(6, levels.bit_length())
         module.level(Recorder(), call, side, given, scratch, Levels(*arrays, tile.span, bins, tile.warps))
+    elif hasattr(module, "line") and not masses and not bins:
+        module.line(Recorder(), call, side, given, scratch, Samples(tensor(1), (0, 1), 1024, 8, 16))
+        module.level(Recorder(), call.long(-(-K // 1024) * 1024), side, given, scratch, Levels(*arrays, 1024, 16, 2))
     new = tensor(B, G, 1, D, dtype=dtype)
     span = tensor(2, dtype=torch.int64) if masked else (5, 6)
     with patch.multiple(module, create=True, Direct=Recorder, no_kernels=lambda tensor: ""):
@@ -121,7 +126,7 @@ def fit_launches(recorder, codes, given, keys):
     from sah_transformers.kernels.approximate import k_means
 
     with patch.object(k_means, "Direct", recorder):
-        k_means.k_means(keys[0], given.step[0], given.centroids.shape[3], 1)
+        k_means.codebooks(keys, given.step.shape[2], given.centroids.shape[3], 1)
         k_means.codes_of(keys, given.centroids, given.step, codes)
 
 

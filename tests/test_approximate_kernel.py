@@ -56,7 +56,7 @@ def few_programs(monkeypatch):
         from sah_transformers.kernels.approximate import pipeline
 
         original = pipeline.tuning_of
-        few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8}
+        few = {"head_programs": 8, "group_programs": 8, "key_group_programs": 8, "look_programs": 1}
         few |= {"samples": 128, "edge": 32, "edge_block": 64}
         monkeypatch.setattr(pipeline, "tuning_of", lambda *sizes: replace(original(*sizes), **few))
 
@@ -241,6 +241,92 @@ def test_rows_that_see_padding_between_the_tokens(stack):
     call = call_of(STACKS[stack], q, k, v, layer_state=state)
     assert call.context.padded
     check(call)
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    """Rows of a few more pages than a power of two lie in registers in two parts, however short they are."""
+    from sah_transformers.kernels.approximate import pipeline
+
+    monkeypatch.setattr(pipeline, "LEAST_SPLIT", 32)
+    return pipeline.parts_of
+
+
+PARTS = {33: (32, 4), 34: (32, 4), 40: (32, 8), 41: (64, 0), 65: (64, 8), 80: (64, 16), 64: (64, 0)}
+
+
+def test_parts_of_a_row():
+    """A long row is not much wider than its pages; as it grows, it gets wider a few times only."""
+    pytest.importorskip("triton")
+    from sah_transformers.kernels.approximate.pipeline import parts_of
+
+    widths = [parts_of(pages) for pages in range(1, 40_000)]
+    assert all(sum(parts) >= pages for pages, parts in enumerate(widths, 1))
+    assert parts_of(8192) == (8192, 0)
+    assert parts_of(8193) == parts_of(9216) == (8192, 1024)
+    assert parts_of(9217) == (8192, 2048)
+    assert parts_of(10_241) == parts_of(16_384) == (16_384, 0)
+    assert parts_of(2049) == (4096, 0)
+
+
+@kernel_test
+@pytest.mark.parametrize("pages", mostly_slow(list(PARTS), 33, 40, 65))
+@pytest.mark.parametrize("gqa", ["head", "group"])
+def test_rows_in_two_parts(gqa, pages, short_parts):
+    """Budgets that end in either part, none and all of the pages; the last page is whole or has one key."""
+    assert short_parts(pages) == PARTS[pages]
+    for missing, size in ((0, 1), (3, 0.1), (0, 0.5), (3, 0.9), (0, 4 * pages - 4), (3, 10**6)):
+        q, k, v = tensors(H=4, G=2, K=4 * pages - missing, D=16, seed=pages)
+        check(call_of([quest(size, page_size=4, gqa=gqa)], q, k, v))
+    check(call_of([*BASE, quest(0.2, page_size=4, gqa=gqa)], q, k, v))
+
+
+@kernel_test
+@pytest.mark.parametrize("data", mostly_slow([*TIES, "huge", "one heavy"], "constant", "duplicates"))
+@pytest.mark.parametrize("gqa", ["head", "group"])
+def test_ties_across_both_parts(gqa, data, short_parts):
+    """Equal pages go by their place, whichever part they lie in; the best may all lie in one."""
+    for pages, size in ((40, 0.3), (40, 0.85), (40, 0.95), (33, 124), (65, 250)):
+        check(call_of([quest(size, page_size=4, gqa=gqa)], *tensors(H=4, G=2, K=4 * pages, D=16, data=data)))
+    q, k, v = tensors(H=4, G=2, K=160, D=16, data=data)
+    k[:, :, 128:] *= 8
+    check(call_of([sink(3), quest(20, page_size=4, gqa=gqa)], q, k, v))
+    k[:, :, 128:] = 0
+    check(call_of([sink(3), quest(0.9, page_size=4, gqa=gqa)], q, k, v))
+
+
+@kernel_test
+@pytest.mark.parametrize("gqa", ["head", "group"])
+def test_masks_of_rows_in_two_parts(gqa, short_parts):
+    """Left padding, holes, rows that see a stretch or nothing, an unused tail, padding between the tokens."""
+    stack = [sink(2), quest(0.3, page_size=4, gqa=gqa)]
+    q, k, v = tensors(B=2, H=4, G=2, Q=3, K=159)
+    check(call_of(stack, q, k, v, attention_mask=left_padding(159, 0, 37)))
+    holes = torch.rand(2, 1, 3, 159, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    holes[1, 0, 1] = False
+    check(call_of(stack, q, k, v, attention_mask=holes, is_causal=False))
+    o_k = torch.arange(159, device=DEVICE)
+    seen = torch.stack([o_k >= 131, o_k < 141, (o_k >= 5) & (o_k < 130)])
+    check(call_of(stack, q, k, v, attention_mask=seen[None, None], is_causal=False))
+    check(call_of(stack, q, k, v, attention_mask=(seen & (o_k != 140))[None, None], is_causal=False))
+
+
+@kernel_test
+@pytest.mark.parametrize("K", [150, 2500])
+@pytest.mark.parametrize("gqa", ["head", "group"])
+def test_padding_between_tokens_of_rows_in_two_parts(gqa, K, short_parts):
+    """In every segment of the keys, looked at by several programs."""
+    page, (q, k, v) = K // 37, tensors(B=2, H=4, G=2, K=K, D=16)
+    state, real = LayerState(), torch.ones(2, K - 1, dtype=torch.bool, device=DEVICE)
+    real[0, 40:52], real[0, K - 40 : K - 37], real[1, K - 9 :] = False, False, False
+    stack = [sink(3), local(4), quest(0.3, page_size=page, gqa=gqa)]
+    assert short_parts(-(-K // page))[1] > 0
+    call_of(stack, q, k[:, :, : K - 1], v[:, :, : K - 1], attention_mask=real, layer_state=state)
+    call = call_of(stack, q, k, v, layer_state=state)
+    assert call.context.padded
+    check(call)
+    mask = torch.rand(2, K, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.9
+    check(call_of(stack, q, k, v, layer_state=state, attention_mask=mask))
 
 
 @kernel_test

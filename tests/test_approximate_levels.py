@@ -82,6 +82,7 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
     """(rows with levels, numbers that rank); ``line``: (middle, levels per unit) instead of the sampled one; ``error``:
     how far scores may be off."""
     from sah_transformers.kernels.approximate import levels
+    from sah_transformers.kernels.approximate.line import line_kernel
 
     x = Rows(scores, budget)
     rows = 1 if softmax else x.heads
@@ -96,7 +97,7 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
     kinds = {"H": x.heads, "G": 1 if softmax else x.heads, "Q": 1, "CAUSAL": True, "MASKED": False, "SOFTMAX": softmax}
     kinds["LOGARITHMIC"] = softmax or logarithmic
     numbers = (x.keys, 1, x.stride // 16, x.chunks)
-    levels.line_kernel[(rows,)](
+    line_kernel[(rows,)](
         x.scores, limits, peaks, masses, stats, lines, *numbers, *x.bands, *x.size,
         **kinds, CHUNKS=1 << (x.chunks - 1).bit_length(), SAMPLES=128, HEADS=x.heads if softmax else 1, BINS=bins,
     )  # fmt: skip

@@ -97,32 +97,27 @@ def visible_of(case, mask, causal):
     return visible if mask is None else visible & mask[:, None]
 
 
-def scored(
-    case, tile=(64, 2, 1), mask=None, causal=True, summed=False, masses=True, first=3, last=5, line=(1.0, 0.0), bins=64,
-    coarse=False,
-):  # fmt: skip
-    """(what the kernel stored, what it should have stored); ``coarse`` scores are then made exact at every second key
-    from the third on, and both are stored: ``[2, R, stride]``."""
-    from sah_transformers.kernels.approximate.launch import Edges, Scoring, Tile
+def empty(*shape, dtype=torch.float32):
+    nonsense = {torch.float32: float("nan"), torch.uint8: 77}
+    return torch.full(shape, nonsense.get(dtype, -7), dtype=dtype, device=DEVICE)
+
+
+def call_of(case, span, mask, causal, summed, masses, bands, line, bins, coarse):
+    """The call, the method's scratch, and what depends on the query looked up; ``span``: keys of a program."""
+    from sah_transformers.kernels.approximate.launch import Scoring
     from sah_transformers.kernels.approximate.place import Direct
     from sah_transformers.kernels.decode.kernel import find_limits
 
     batch, heads, rows, _ = case.q.shape
     groups, keys = case.k.shape[1:3]
-    tile = Tile(*tile)
-    chunks = -(-keys // tile.span)
-    ranks = groups if summed else heads
-    R, stride = batch * ranks * rows, chunks * tile.span
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.full(shape, float("nan") if dtype == torch.float32 else -7, dtype=dtype, device=DEVICE)
-
-    limits, look, bands = empty(5 * batch * rows, dtype=torch.int32), (0, 0, 0), (first, 0, last, 0)
+    chunks = -(-keys // span)
+    R, stride = batch * (groups if summed else heads) * rows, chunks * span
+    limits, look = empty(5 * batch * rows, dtype=torch.int32), (0, 0, 0)
     if mask is not None:
         look = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3))
         counts = empty(batch * rows * -(-keys // 1024), dtype=torch.int32)
-        given = (counts, 0), (batch, rows, keys)
-        find_limits(Direct(), mask, counts, limits, *given, look, (*bands, 0), causal, 4096)
+        sizes = (batch, rows, keys)
+        find_limits(Direct(), mask, counts, limits, sizes, look, (*bands, 0), causal, 4096)
     lines = torch.tensor(line, device=DEVICE)[:, None].expand(2, R).contiguous()
     call = Scoring(
         case.q, case.k, keys, stride, case.q if mask is None else mask, look, limits, lines, empty(R, stride),
@@ -137,24 +132,44 @@ def scored(
     if coarse:
         scratch["table"].fill_(-1.0)  # where a pair has one head alone
     module.look_up(Direct(), call, case.side, given, scratch)
-    module.score(Direct(), call, case.side, given, scratch, tile)
-    if coarse:
-        edge = torch.arange(2, keys, 2, device=DEVICE, dtype=torch.int32)
-        cuts = torch.tensor([-7, -7, -7, 1, len(edge)], device=DEVICE, dtype=torch.int32)[:, None].expand(5, R)
-        lists = torch.nn.functional.pad(edge, (7, 2), value=-7).expand(R, -1).contiguous()
-        exact = replace(call, scores=call.scores.clone())
-        module.settle(Direct(), exact, case.side, given, scratch, Edges(cuts.contiguous(), lists, lists.shape[1], 7))
-        call = replace(call, scores=torch.stack([call.scores, exact.scores]))
+    return call, scratch
 
+
+def truth_of(case, mask, causal, summed, first, last):
+    """(scores, -inf where invisible, which keys are candidates), each ``[R, K]``."""
     truth = case.truth
     if summed:
-        truth = truth.unflatten(1, (groups, -1)).sum(2)
+        truth = truth.unflatten(1, (case.k.shape[1], -1)).sum(2)
     visible = visible_of(case, mask, causal).expand(truth.shape)
     truth = truth.masked_fill(~visible, float("-inf"))
     rank = visible.cumsum(-1)
     count = visible.sum(-1, keepdim=True)
     free = visible & (rank > first) & (rank <= count - last)
-    return call, truth.flatten(0, 2), free.flatten(0, 2), chunks, tile.span
+    return truth.flatten(0, 2), free.flatten(0, 2)
+
+
+def scored(
+    case, tile=(64, 2, 1), mask=None, causal=True, summed=False, masses=True, first=3, last=5, line=(1.0, 0.0), bins=64,
+    coarse=False,
+):  # fmt: skip
+    """(what the kernel stored, what it should have stored); ``coarse`` scores are then made exact at every second key
+    from the third on, and both are stored: ``[2, R, stride]``."""
+    from sah_transformers.kernels.approximate.launch import Edges, Tile
+    from sah_transformers.kernels.approximate.place import Direct
+
+    tile, given, module, keys = Tile(*tile), case.given(), case.module, case.k.shape[2]
+    call, scratch = call_of(case, tile.span, mask, causal, summed, masses, (first, 0, last, 0), line, bins, coarse)
+    module.score(Direct(), call, case.side, given, scratch, tile)
+    if coarse:
+        edge = torch.arange(2, keys, 2, device=DEVICE, dtype=torch.int32)
+        R = len(call.scores)
+        cuts = torch.tensor([-7, -7, -7, 1, len(edge)], device=DEVICE, dtype=torch.int32)[:, None].expand(5, R)
+        lists = torch.nn.functional.pad(edge, (7, 2), value=-7).expand(R, -1).contiguous()
+        exact = replace(call, scores=call.scores.clone())
+        module.settle(Direct(), exact, case.side, given, scratch, Edges(cuts.contiguous(), lists, lists.shape[1], 7))
+        call = replace(call, scores=torch.stack([call.scores, exact.scores]))
+    truth, free = truth_of(case, mask, causal, summed, first, last)
+    return call, truth, free, call.stride // tile.span, tile.span
 
 
 def check(case, exact=False, **options):
@@ -188,6 +203,43 @@ def check(case, exact=False, **options):
         assert torch.equal(call.histogram, counts)
 
 
+LEVELLED = ("double_sparsity", "pq_cache")
+CHUNK, WARPS, BEST = 64, 1, 20
+
+
+def check_levels(case, mask=None, causal=True, first=3, last=5):
+    """Scores of the candidates, levels on a line that is found before, and how many keys of each chunk have them."""
+    from sah_transformers.kernels.approximate.launch import Levels, Samples
+    from sah_transformers.kernels.approximate.place import Direct
+
+    given, module, keys = case.given(), case.module, case.k.shape[2]
+    call, scratch = call_of(case, CHUNK, mask, causal, False, False, (first, 0, last, 0), (1.0, 0.0), 0, False)
+    R, chunks = len(call.scores), call.stride // CHUNK
+    lines, levels = empty(3, R), empty(R, call.stride, dtype=torch.uint8)
+    histogram = empty(R, chunks, 8, dtype=torch.int32)
+    module.line(Direct(), call, case.side, given, scratch, Samples(lines, (BEST, 0), 128, WARPS, 16))
+    cut = Levels(lines, levels, histogram, CHUNK, 16, WARPS)
+    module.level(Direct(), call, case.side, given, scratch, cut)
+    truth, free = truth_of(case, mask, causal, False, first, last)
+    scores, found = call.scores[:, :keys], levels[:, :keys]
+    scale = truth[free].abs().max() if bool(free.any()) else 1.0
+    assert bool(((scores - truth).abs()[free] < 4e-6 * scale).all())
+    assert torch.equal(found > 0, free)
+    assert not bool(levels[:, keys:].any())
+    middle, below, above = lines[:, :, None].double()
+    assert bool((below > 0).all())
+    torch.testing.assert_close(below, above, rtol=1e-3, atol=0)
+    exact = ((scores.double() - middle) * below + 8.5)[free].clamp(1, 15)
+    assert bool(((found[free] - exact).abs() < 1.01).all())
+    order = scores.masked_fill(~free, float("-inf")).argsort(-1)
+    assert bool((found.gather(-1, order).int().diff(dim=-1) >= 0).all())
+    counts = torch.nn.functional.one_hot(levels.long().unflatten(1, (chunks, CHUNK)), 16).sum(2)
+    assert torch.equal(histogram.long(), counts[..., :8] | counts[..., 8:] << 16)
+    many = free.sum(-1) > 3 * BEST
+    assert bool(((found == 15).sum(-1) < BEST)[many].all())
+    assert bool(((found > 1).sum(-1) > BEST)[many].all())
+
+
 def left_padding(K, *padded):
     return torch.arange(K, device=DEVICE)[None] >= torch.tensor(padded, device=DEVICE)[:, None]
 
@@ -212,6 +264,14 @@ SHAPES = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores(name, shape, dtype):
     check(Case(CONFIGS[name], dtype=dtype, **shape), exact=name == "hash_attention")
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", LEVELLED)
+def test_levels(name, shape, dtype):
+    check_levels(Case(CONFIGS[name], dtype=dtype, **shape))
 
 
 @kernel_test
@@ -258,6 +318,10 @@ def test_padding_and_masks(name, rows):
     mask[:, :, 100:110] = False
     check(case, exact=name == "hash_attention", mask=mask)
     check(case, exact=name == "hash_attention", mask=mask, causal=False, masses=False)
+    if name in LEVELLED:
+        for causal in (True, False):
+            check_levels(case, mask=mask, causal=causal)
+        check_levels(case, mask=mask, first=0, last=0)
 
 
 @kernel_test
@@ -281,20 +345,25 @@ def test_hashes_of_any_width(bits, shared):
 @pytest.mark.parametrize("factor", [1, 4, 7, 64])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_labels_of_any_width(bits, factor):
-    check(Case({**CONFIGS["double_sparsity"], "group_factor": factor, "label_bits": bits}, K=70))
+    case = Case({**CONFIGS["double_sparsity"], "group_factor": factor, "label_bits": bits}, K=70)
+    check(case)
+    check_levels(case)
 
 
 @kernel_test
 @pytest.mark.parametrize("metric", ["euclidean", "ip"])
 @pytest.mark.parametrize("parts", [1, 4, 8, 64])
 def test_codes_of_any_width(parts, metric):
-    config = {**CONFIGS["pq_cache"], "pq_sub_dim": 64 // parts, "pq_bits": 3, "metric": metric}
-    check(Case(config, K=100))
+    case = Case({**CONFIGS["pq_cache"], "pq_sub_dim": 64 // parts, "pq_bits": 3, "metric": metric}, K=100)
+    check(case)
+    check_levels(case)
 
 
 @kernel_test
 def test_a_negative_scaling_turns_the_order():
-    check(Case(CONFIGS["pq_cache"], K=100, scaling=-0.3))
+    case = Case(CONFIGS["pq_cache"], K=100, scaling=-0.3)
+    check(case)
+    check_levels(case)
 
 
 @kernel_test
@@ -302,6 +371,7 @@ def test_sequences_without_codebooks_score_their_keys():
     case = Case(CONFIGS["pq_cache"], B=2, K=100, real=left_padding(100, 0, 90))
     assert case.given().ready.tolist() == [True, False]
     check(case, mask=case.real[:, None])
+    check_levels(case, mask=case.real[:, None])
 
 
 @kernel_test
@@ -357,7 +427,10 @@ def test_coarse_scores(kind):
 @kernel_test
 @pytest.mark.parametrize("name", CONFIGS)
 def test_words_of_keys_may_lie_apart(name):
-    check(Case(CONFIGS[name], K=150, apart=True), exact=name == "hash_attention")
+    case = Case(CONFIGS[name], K=150, apart=True)
+    check(case, exact=name == "hash_attention")
+    if name in LEVELLED:
+        check_levels(case)
 
 
 APPENDED = {

@@ -1,6 +1,8 @@
 """`sah bench`: its suites hold every target, its checks find what is wrong, its last line is JSON."""
 
 import json
+import os
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -213,6 +215,14 @@ def test_steps_are_checked_with_the_side_data_that_they_have():
     """PQCache's codebooks would be others if the reference made them anew."""
     data = last_line(sah_bench("approximate", "--device", "cpu", "--only", " 1,024"))
     assert [one["status"] for one in data["cases"]] == ["ok"] * 5
+
+
+def test_on_a_gpu_each_way_has_a_process_of_its_own():
+    from sah_transformers.bench.step import Way, alone
+
+    assert alone("cpu", os.getpid) == os.getpid() != alone("cuda", os.getpid)
+    for case in load_suite("step"):
+        assert pickle.loads(pickle.dumps((case, Way(sparse=True, compiled=True))))[0] == case
 
 
 def test_a_wrong_kernel_fails(monkeypatch):

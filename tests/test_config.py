@@ -505,12 +505,32 @@ def test_registering_again_replaces_and_a_bad_one_is_refused():
     assert MaskerRegistry.config_class("again") is AgainConfig
     assert type(MaskerRegistry.create_masker({"type": "again", "heavy_size": 1})) is Again
 
+    class Narrow(Again):
+        def score(self, queries, keys, values, ctx):
+            return scores_of(queries, keys, ctx)[..., 1:]
+
+    class Flat(Again):
+        def select(self, rows, active):
+            return rows.queries.new_ones(rows.shape[2:], dtype=torch.bool)
+
+    for wrong, method in ((Narrow, "score"), (Flat, "select")):
+        masker = wrong(AgainConfig(heavy_size=1))
+        with pytest.raises(ValueError, match=rf"{wrong.__name__}.{method} must return .*\[1, 2, 3, 5\], got"):
+            sah_transformers.sparse_attention(torch.ones(1, 2, 3, 4), *[torch.ones(1, 2, 5, 4)] * 2, [masker])
+
     @dataclass(frozen=True)
     class Untagged(TopKMaskerConfig):
         pass
 
     with pytest.raises(ValueError, match="type must be a tag"):
         MaskerRegistry.register(Untagged)
+
+    @dataclass(frozen=True)
+    class Mine(TopKMaskerConfig):
+        type: ClassVar[str] = "sink"
+
+    with pytest.raises(ValueError, match="'sink' is taken by SinkMaskerConfig"):
+        MaskerRegistry.register(Mine)
     with pytest.raises(ValueError, match="subclass of MaskerConfig"):
         MaskerRegistry.register(dict)
     assert sah_transformers.MaskerRegistry is MaskerRegistry

@@ -359,7 +359,7 @@ def test_bounds_of_masks(kind):
         limits = torch.full((5, 2, rows), -7, dtype=torch.int32, device=DEVICE)
         counts = torch.full((2 * rows, 3), -7, dtype=torch.int32, device=DEVICE)
         sizes, bands = (2, rows, keys), (first, 0, last, 0, least)
-        find_limits(Direct(), mask, counts, limits, (counts, 0), sizes, mask.stride(), bands, causal, 4096)
+        find_limits(Direct(), mask, counts, limits, sizes, mask.stride(), bands, causal, 4096)
         for b in range(2):
             for q in range(rows):
                 seen = mask[b, q, : keys - rows + 1 + q if causal else keys].nonzero().flatten().tolist()

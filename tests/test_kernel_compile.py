@@ -34,6 +34,11 @@ KEYS = {
     "2,097,152 keys": {"K": 2**21},
     "more levels": {"level_bins": 64},
 }
+PARTS = {
+    "two parts": {"K": 131_088},
+    "two parts, masked": {"K": 131_088, "masked": True},
+    "two long parts, masked": {"K": 300_000, "masked": True},
+}
 ESTIMATES = {"hash_attention": "sum", "double_sparsity": "softmax", "pq_cache": "softmax", "socket": "sum"}
 SIDE = {
     "quest": {"type": "quest", "heavy_size": 0.05},
@@ -58,8 +63,8 @@ USUAL = {  # forms of stacks that launch every kernel
     "wide": ("bf16",),
     "group": ("bf16",),
     "mass": ("bf16",),
-    "quest": ("bf16", "fp16 D=256 masked"),
-    "quest per KV head": ("bf16",),
+    "quest": ("bf16", "fp16 D=256 masked", "two parts, masked"),
+    "quest per KV head": ("bf16", "two parts, masked"),
     "keys": ("bf16", "fp16 D=256 masked"),
     "keys per KV head": ("bf16",),
     "hash_attention": ("bf16",),
@@ -129,8 +134,9 @@ def side_launches(
     recorded = []
 
     class Recorder(pipeline.Launcher):
-        def __call__(self, kernel, grid, *args, warps=4, cap=None, **constants):
-            recorded.append(Launch(kernel, args, constants, warps, {} if cap is None else {"maxnreg": cap}))
+        def __call__(self, kernel, grid, *args, warps=4, cap=None, fuse=True, **constants):
+            limits = {} if cap is None else {"maxnreg": cap}
+            recorded.append(Launch(kernel, args, constants, warps, {**limits, "enable_fp_fusion": fuse}))
 
     class Direct:
         def __call__(self, kernel, grid, *args, warps=4, **constants):
@@ -233,10 +239,11 @@ def compiled(launch, architecture):
             if value % 16 == 0 and name not in plain:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": launch.warps, "enable_fp_fusion": True, **launch.options}
-    )
+    target, options = GPUTarget("cuda", architecture, 32), {"enable_fp_fusion": True, **launch.options}
+    result = triton.compile(source, target=target, options={"num_warps": launch.warps, **options})
+    if not options["enable_fp_fusion"]:
+        assert not re.search(r"fma|\b(mul|add|sub)\.f32", result.asm["ptx"]), "may be rounded once"
+    return result
 
 
 def main(architectures, verbose, usual):
@@ -256,6 +263,8 @@ def main(architectures, verbose, usual):
                 forms = {"bf16": {}}  # in all forms: `test_approximate_compile.py`
             elif isinstance(chosen, tuple):
                 forms = {**FORMS, **KEYS}
+            else:
+                forms = {**FORMS, **PARTS}
             for form, options in of(stack, forms):
                 for launch in side_launches(stack, **options):
                     result = compiled(launch, architecture)

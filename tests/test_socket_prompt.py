@@ -17,7 +17,7 @@ KEYS = {
     "small beside large": lambda k: torch.where(k.abs() < 1, k * 1e-4, k),
     "largest": lambda k: k.sign() * torch.finfo(k.dtype).max,
     "smallest": lambda k: k.sign() * torch.finfo(k.dtype).tiny * torch.finfo(k.dtype).eps,
-    "1e-30 and 1e30": lambda k: torch.where(k > 1, 1e30, torch.where(k < -1, 1e-30, k)).to(k.dtype),
+    "1e-30 and 1e30": lambda k: torch.where(k > 1, 1e30, torch.where(k < -1, 1e-30, k.float())).to(k.dtype),
     "NaN and Inf": lambda k: torch.where(k > 1.5, math.nan, torch.where(k < -1.5, -math.inf, k)),
 }
 

@@ -82,7 +82,7 @@ class Masker(ABC):
             active: bool ``[B|1, H|1, q|1, K]``, keys that earlier maskers of the stack made active, or None for none.
 
         Returns:
-            ``[B|1, H|1, q, K]``: bool (weight 1) or float weights in [0, 1], zero at invisible keys.
+            ``[B|1, H|1, q|1, K|1]``: bool (weight 1) or float weights in [0, 1], zero at invisible keys.
         """
 
     def describe(self) -> Selection | None:
@@ -160,6 +160,9 @@ class Masker(ABC):
         active = None if mask.form.name == "empty" else mask.form.compact()
         with torch.no_grad():
             selected = self.select(rows, active)
+        if selected.ndim != 4 or any(n not in (1, of) for n, of in zip(selected.shape, rows.shape, strict=True)):
+            shapes = f"[B|1, H|1, q|1, K|1] of {list(rows.shape)}, got {list(selected.shape)}"
+            raise ValueError(f"{type(self).__name__}.select must return {shapes}")
         return mask.merge_mask(Mask.from_dense_unchecked(selected, shape=rows.shape))
 
     def add_mask(

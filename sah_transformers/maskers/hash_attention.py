@@ -87,6 +87,8 @@ class HashAttentionTopKMasker(TopKMasker):
             raise ValueError(f"{where}: an MLP serves {share} query heads, the model has {heads} from {local.start} on")
         local = slice(local.start // share, local.stop // share)
         pairs = mlp_on(self.config.hat_weight_file, ctx.layer_idx, side, device)
+        if local == slice(0, sets):
+            return pairs
         return tuple((weight[local], bias[local]) for weight, bias in pairs)
 
     def describe(self) -> Selection:
@@ -144,9 +146,12 @@ def mlp_outputs(x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
 
 def hashes(x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
     """The packed signs of ``mlp_outputs``, int32 ``[B, max(heads, S), n, ceil(bits / 32)]``."""
-    width = max(weight.shape[1] for weight, _ in mlp)
+    heads, width = max(x.shape[1], len(mlp[0][1])), max(weight.shape[1] for weight, _ in mlp)
+    if not x.shape[2]:
+        words = -(-mlp[-1][1].shape[1] // WORD)
+        return torch.empty(x.shape[0], heads, 0, words, dtype=torch.int32, device=x.device)
     limit = AT_ONCE["cuda" if x.device.type == "cuda" else "cpu"]
-    step = max(1, limit // max(1, x.shape[0] * max(x.shape[1], len(mlp[0][1])) * width))
+    step = max(1, limit // max(1, x.shape[0] * heads * width))
     return torch.cat([pack_signs(mlp_outputs(part.double(), mlp)) for part in x.split(step, dim=2)], dim=2)
 
 

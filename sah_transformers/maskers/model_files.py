@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +25,15 @@ def version_of(name: str, path: str, command: str) -> tuple[str, int, int]:
     Raises:
         ValueError: where there is no such file, with the ``command`` that writes one.
     """
-    file = Path(path).expanduser()
+    file = os.path.join(os.getcwd(), os.path.expanduser(path))
     try:
-        stat = os.stat(file)
+        found = os.stat(file)
     except OSError as error:
         how = f"`{command} MODEL --out {path}` writes one"
         raise ValueError(f"{name}: cannot read {path}: {error.strerror}; {how}") from None
-    if not file.is_file():
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{name}: {path} is not a file")
-    return str(file.absolute()), stat.st_mtime_ns, stat.st_size
+    return file, found.st_mtime_ns, found.st_size
 
 
 def of_layer(where: str, layers: dict[int, T], layer_idx: int) -> T:

@@ -21,15 +21,19 @@ class MaskerRegistry:
     def register(cls, config_class: type[MaskerConfig]) -> Callable[[M], M]:
         """Class decorator: make a masker known under its config class and that config's ``type`` tag.
 
-        Registering a tag again replaces the entry (a re-run notebook cell).
+        Registering a tag again replaces the entry (a re-run notebook cell), but not one of this package's.
 
         Raises:
-            ValueError: when ``config_class`` is no ``MaskerConfig`` with a ``type`` of its own.
+            ValueError: when ``config_class`` is no ``MaskerConfig`` with a ``type`` of its own, or that is taken.
         """
         if not (isinstance(config_class, type) and issubclass(config_class, MaskerConfig)):
             raise ValueError(f"config_class must be a subclass of MaskerConfig, got {config_class!r}")
         if not config_class.type or "type" not in vars(config_class):
             raise ValueError(f"{config_class.__name__}.type must be a tag of its own, got {config_class.type!r}")
+        known = cls._configs.get(config_class.type)
+        names = [(one.__module__, one.__qualname__) for one in (known, config_class) if one is not None]
+        if known is not None and names[0] != names[1] and known.__module__.startswith(f"{__package__}."):
+            raise ValueError(f"{config_class.__name__}.type: {config_class.type!r} is taken by {known.__name__}")
 
         def decorate(masker_class: M) -> M:
             cls._maskers[config_class] = masker_class

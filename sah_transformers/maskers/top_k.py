@@ -64,7 +64,11 @@ class ScoredMasker(Masker):
 
     def row_scores(self, rows: Rows) -> torch.Tensor:
         """Scores ``[B, H, q, K]`` of a block of rows."""
-        return self.score(rows.queries, rows.keys, rows.values, rows.context)
+        scores = self.score(rows.queries, rows.keys, rows.values, rows.context)
+        if tuple(scores.shape) != rows.shape and not self.pages():  # scores of pages have their own form
+            shapes = f"[B, H, q, K] = {list(rows.shape)}, got {list(scores.shape)}"
+            raise ValueError(f"{type(self).__name__}.score must return {shapes}")
+        return scores
 
     def score_error(self, rows: Rows, scores: torch.Tensor) -> torch.Tensor:
         """Bound on the rounding error of each row's scores, ``[B, H, q, 1]``."""

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sah_transformers.kernels.approximate.launch import Edges, Levels, Scoring, Tile
+from sah_transformers.kernels.approximate.launch import Edges, Levels, Samples, Scoring, Tile
 from sah_transformers.kernels.approximate.levels import (
     edge_kernel,
     level_cut_kernel,
     level_kernel,
     level_list_kernel,
-    line_kernel,
 )
+from sah_transformers.kernels.approximate.line import line_kernel
 from sah_transformers.kernels.approximate.methods import LOGARITHMIC, method_of, tiles_of
 from sah_transformers.kernels.decode.kernel import power_of_2, see
 from sah_transformers.selections import Estimated
@@ -34,11 +34,14 @@ class Sizes:
 
     Attributes:
         whole: whether scores are few whole numbers, which are their levels; then nothing is kept of scores.
+        early: whether levels are written with the scores, on lines that are known before.
         bins: levels; chunk, chunks: keys of a program that walks a row, programs of a row.
-        stride: length of a row of scores or levels; longest: of a list; pieces: programs that score a row.
+        stride: length of a row of scores or levels; longest: of a list; pieces: programs that score a row, where they
+            keep peaks.
     """
 
     whole: bool
+    early: bool
     bins: int
     chunk: int
     chunks: int
@@ -61,15 +64,17 @@ class Sizes:
         return self.longest + (0 if self.whole else keys)
 
 
-def sizes_of(work: Work, levels: int, tile: Tile) -> Sizes:
+def sizes_of(work: Work, levels: int, early: bool, tile: Tile) -> Sizes:
     """``levels``: how many a method's scores are, 0 if they are no whole numbers."""
     t, budget = work.tuning, work.x.stack.size
     bins = power_of_2(max(64, levels + 1)) if levels else t.level_bins
     chunk = max(t.chunk * max(1, bins // 128), work.plan.keys * bins // MOST_COUNTS)
-    span = chunk if levels else max(chunk, tile.span)
+    direct = levels > 0 or early
+    span = chunk if direct else max(chunk, tile.span)
     stride = -(-work.keys // span) * span
     longest = min(work.keys, max(budget[0], int(budget[1] * work.keys)) + 1)
-    return Sizes(levels > 0, bins, chunk, -(-work.keys // chunk), stride, longest, stride // tile.span)
+    pieces = 0 if direct else stride // tile.span
+    return Sizes(levels > 0, early, bins, chunk, -(-work.keys // chunk), stride, longest, pieces)
 
 
 def attend_by_levels(work: Work) -> None:
@@ -84,7 +89,8 @@ def attend_by_levels(work: Work) -> None:
         masked=work.plan.sight["MASKED"], masses_too=grouped, bins=0, summed=selection.group and not grouped,
     )  # fmt: skip
     tile = tiles_of(method, scoring, work.given)[0]
-    n = sizes_of(work, method.levels(scoring, work.given), tile)
+    levels = method.levels(scoring, work.given)
+    n = sizes_of(work, levels, not levels and not selection.group and hasattr(method, "line"), tile)
     error = method.error(scoring, work.given) if n.bins == 16 and hasattr(method, "error") else 0.0
     scoring = replace(scoring.long(n.stride), coarse=error > 0)
     own = method.scratch(scoring, work.side, work.given)
@@ -102,8 +108,12 @@ def attend_by_levels(work: Work) -> None:
     scoring = scoring.on(s, mask, look)
     of_method = {name: s[name] for name in own}
     method.look_up(work.launch, scoring, work.side, work.given, of_method)
-    if n.whole:
-        cut = Levels(s["levels"], s["histogram"], n.chunk, n.bins, min(16, work.tuning.level_warps * n.at_once))
+    if n.early:
+        samples = Samples(s["lines"], work.size, *samples_of(work), n.bins)
+        method.line(work.launch, scoring, work.side, work.given, of_method, samples)
+    if n.whole or n.early:
+        warps = min(16, (method.LEVEL_WARPS if n.early else work.tuning.level_warps) * n.at_once)
+        cut = Levels(s["lines"], s["levels"], s["histogram"], n.chunk, n.bins, warps)
         method.level(work.launch, scoring, work.side, work.given, of_method, cut)
     else:
         method.score(work.launch, scoring, work.side, work.given, of_method, tile)
@@ -117,6 +127,13 @@ def attend_by_levels(work: Work) -> None:
     work.gather(s, mask, look, None, s["lists"], n.wide(work.keys), 1)
 
 
+def samples_of(work: Work, closer: bool = False) -> tuple[int, int]:
+    """Sampled keys of a row and warps of its program; ``closer``: where an edge costs more."""
+    more = max(1, min(2, work.plan.keys // 2**17))
+    count = work.tuning.samples * more * (2 if closer and work.plan.keys >= 2**17 else 1)
+    return count, min(16, work.tuning.sample_warps * more)
+
+
 def level_scores(
     work: Work, n: Sizes, s: dict[str, Any], tile: Tile, scoring: Scoring, skewed: bool, error: float
 ) -> None:
@@ -124,8 +141,7 @@ def level_scores(
     how far they may be off."""
     plan, t = work.plan, work.tuning
     numbers = (work.keys, work.batch, n.stride // 16)
-    more = max(1, min(2, plan.keys // 2**17))
-    closer = 2 if error and plan.keys >= 2**17 else 1  # every key of an edge is scored again
+    samples, warps = samples_of(work, closer=error > 0)  # every key of an edge is scored again
     kinds = {
         **work.sighted, "H": work.groups if scoring.summed else work.heads,
         "SOFTMAX": scoring.masses_too, "LOGARITHMIC": scoring.masses_too or skewed,
@@ -133,8 +149,8 @@ def level_scores(
     work.launch(
         line_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["peaked"], s["masses"], s["stats"],
         s["lines"], *numbers, n.pieces, *work.bands, *work.size,
-        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=t.samples * more * closer,
-        HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=min(16, t.sample_warps * more),
+        **kinds, CHUNKS=power_of_2(-(-plan.keys // tile.span)), SAMPLES=samples,
+        HEADS=power_of_2(work.heads // work.groups), BINS=n.bins, warps=warps,
     )  # fmt: skip
     work.launch(
         level_kernel, (n.chunks, work.selections, 1), s["scores"], s["ranking"], s["limits"], s["stats"], s["lines"],

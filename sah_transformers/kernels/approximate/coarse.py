@@ -44,8 +44,8 @@ def settle_kernel(
     i_g, i_own = i_h // (H // G), i_h % (H // G)
     i_owner = ((i_b * G + i_g) * Q + i_q) * (H // G // AT_ONCE) + i_own // AT_ONCE
     i_one = i_own % AT_ONCE
-    p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
-    p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
+    p_words = words + i_b.to(tl.int64) * sw_b * UNIT + i_g.to(tl.int64) * (sw_g * UNIT)
+    p_norm = norm + i_b.to(tl.int64) * sn_b * UNIT + i_g.to(tl.int64) * (sn_g * UNIT)
     p_table = table + i_owner.to(tl.int64) * (L * ROOM) + i_one // 2 * 2 ** (BITS + 1) + i_one % 2
     p_list = lists + i_e.to(tl.int64) * wide + longest
     at = tl.where(tl.load(cuts + 3 * E + i_e) > 0, tl.load(cuts + 4 * E + i_e), 0)

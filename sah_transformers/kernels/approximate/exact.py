@@ -34,7 +34,8 @@ def score(
     launch(
         score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // rows)),
         launch.address(call.q), launch.address(call.k), *call.arrays(),
-        *call.numbers(tile)[:4], *call.q.stride()[:3], *call.k.stride()[:3], *call.look, call.scaling, 1.0, *call.bands,
+        *call.numbers(tile.span)[:4], *call.q.stride()[:3], *call.k.stride()[:3], *call.look, call.scaling, 1.0,
+        *call.bands,
         H=heads, G=call.groups, Q=call.q.shape[2], D=dim, BD=max(16, power_of_2(dim)),
         CAUSAL=call.causal, MASKED=call.masked, SOFTCAP=False, UNIT=1, MASSES=call.masses_too, BINS=call.bins,
         BM=rows, BN=tile.keys, TILES=tile.count, STAGES=2, warps=tile.warps,

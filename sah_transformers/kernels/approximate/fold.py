@@ -27,7 +27,7 @@ def fold_pages_kernel(
     m_d = o_d < D
     o_k = i_p * PAGE + o_j
     m_k = (o_j < PAGE) & (o_k >= start) & (o_k < end)
-    p_k = k + (i_bg // G).to(tl.int64) * (sk_b * UNIT) + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
+    p_k = k + (i_bg // G).to(tl.int64) * sk_b * UNIT + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
     p_k += o_k[:, None].to(tl.int64) * (sk_k * UNIT) + o_d[None, :]
     b_k = tl.load(p_k, mask=m_k[:, None] & m_d[None, :], other=0.0)
     m_nan = tl.sum((b_k != b_k).to(tl.int32), 0) > 0
@@ -55,7 +55,7 @@ def fold_keys_kernel(
     i_b = (i_bg // G).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    p_k = k + i_b * (sk_b * UNIT) + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
+    p_k = k + i_b * sk_b * UNIT + (i_bg % G).to(tl.int64) * (sk_g * UNIT)
     begin = tl.load(start) if POINT else start
     end = tl.load(start + 1) if POINT else end
     tokens = tl.cast(0, tl.int64)

@@ -101,8 +101,8 @@ def gather_head_kernel(
     o_d, o_e, o = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, UNITS * WIDE)
     p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
     b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
-    p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sv_g * UNIT)
+    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
+    p_v = v + i_b.to(tl.int64) * sv_b * UNIT + (i_h // (H // G)).to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_r)
     units = listed + tl.cdiv(banded, WIDE)
     each = tl.cdiv(units, splits)
@@ -178,8 +178,8 @@ def gather_group_kernel(
     m_m = o_m < H // G
     p_q = q + i_b.to(tl.int64) * sq_b + (i_g * (H // G) + o_m)[:, None] * sq_h + i_q * sq_q
     b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
-    p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
+    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + i_g.to(tl.int64) * (sk_g * UNIT)
+    p_v = v + i_b.to(tl.int64) * sv_b * UNIT + i_g.to(tl.int64) * (sv_g * UNIT)
     listed = tl.load(counts + i_e)
     units = listed + tl.cdiv(banded, WIDE)
     each = tl.cdiv(units, splits)

@@ -19,13 +19,13 @@ import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
 from sah_transformers.kernels.approximate.hash_digits import Digits, digits_of
-from sah_transformers.kernels.approximate.hash_layers import hash_one
+from sah_transformers.kernels.approximate.hash_layers import hash_vectors
 from sah_transformers.kernels.approximate.hash_prompt import fits, hash_prompt
 from sah_transformers.kernels.approximate.launch import MOST_ROWS, Levels, Scoring, Tile, steps, unit_of
 from sah_transformers.kernels.approximate.levels import keep_levels
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
-from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of
-from sah_transformers.kernels.decode.limits import limits_of, reach_of
+from sah_transformers.kernels.approximate.rows import bits_set, end_of, rows_of, seen_of
+from sah_transformers.kernels.decode.limits import limits_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels
@@ -87,7 +87,8 @@ def score(
     bm = min(MOST_ROWS, power_of_2(call.in_group))
     launch(
         hash_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
-        launch.address(kept), s["query_hash"], *call.arrays(), *call.numbers(tile), *steps(kept, unit), kept.stride(3),
+        launch.address(kept), s["query_hash"], *call.arrays(), *call.numbers(tile.span),
+        *steps(kept, unit), kept.stride(3),
         **call.shape(), SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed,
         STEP=kept.stride(2), UNIT=unit, BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
     )  # fmt: skip
@@ -105,15 +106,13 @@ def level(
     """Levels in place of scores: one more than the bits that agree."""
     kept = side["hash"]
     unit = unit_of(kept)
-    batch, _, rows, _ = call.q.shape
+    rows = call.q.shape[0] * call.groups * call.in_group
     launch(
-        hash_level_kernel, (call.stride // cut.chunk, batch * call.groups * call.in_group, 1),
+        hash_level_kernel, (call.stride // cut.chunk, rows, 1),
         launch.address(kept), s["query_hash"], call.mask, call.limits, cut.levels, cut.histogram,
-        call.keys, batch, call.stride // 16, call.stride // cut.chunk, *call.look, *call.bands,
-        *steps(kept, unit), kept.stride(3),
-        H=call.q.shape[1], G=call.groups, Q=rows, CAUSAL=call.causal, MASKED=call.masked,
-        SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed, STEP=kept.stride(2), UNIT=unit,
-        CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
+        *call.numbers(cut.chunk), *steps(kept, unit), kept.stride(3),
+        **call.sight(), SETS=kept.shape[1], WORDS=kept.shape[3], BITS=given.bits, SUM=call.summed,
+        STEP=kept.stride(2), UNIT=unit, CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
     )  # fmt: skip
 
 
@@ -165,7 +164,7 @@ def hash_kernel(
     for i_k in tl.range(begin + i_n, end, n):  # nearly always once: weights kept from turn to turn would spill
         p_x = x + i_b * sx_b + i_x.to(tl.int64) * sx_h + tl.cast(i_k, tl.int64) * sx_n
         p_out = out + i_b * so_b + i_h.to(tl.int64) * so_h + tl.cast(i_k, tl.int64) * so_n
-        hash_one(p_x, w0, b0, w1, b1, w2, b2, p_out, so_w, i_s, D, H0, H1, BITS, BD, B0, B1, BB)
+        hash_vectors(p_x, p_x, w0, b0, w1, b1, w2, b2, p_out, p_out, so_w, i_s, D, H0, H1, BITS, BD, B0, B1, BB, False)
 
 
 @triton.jit(
@@ -193,7 +192,7 @@ def hash_score_kernel(
     )
     R = B * G * IN_GROUP
     b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, R, MASSES, BINS, BM, BN)
-    p_kept = kept + i_b.to(tl.int64) * (sh_b * UNIT)
+    p_kept = kept + i_b.to(tl.int64) * sh_b * UNIT
     for i_t in tl.range(0, COUNT):
         o_k = (i_c * COUNT + i_t) * BN + tl.arange(0, BN)
         b_d = tl.zeros([BM, BN], tl.int32)
@@ -239,13 +238,10 @@ def hash_level_kernel(
     b_l = tl.full([CHUNK], HEADS * BITS + 1, tl.int32)
     for i_h in tl.static_range(HEADS):
         o_h = i_e // Q % (H // HEADS) * HEADS + i_h
-        p_k = kept + i_b.to(tl.int64) * (sh_b * UNIT) + (o_h // (H // SETS)).to(tl.int64) * (sh_s * UNIT)
+        p_k = kept + i_b.to(tl.int64) * sh_b * UNIT + (o_h // (H // SETS)).to(tl.int64) * (sh_s * UNIT)
         for i_w in tl.static_range(WORDS):
             b_q = tl.load(query_hash + ((i_b * H + o_h) * Q + i_q) * WORDS + i_w)
             b_k = tl.load(p_k + i_w * sh_w + o_k.to(tl.int64) * STEP, mask=o_k < end_of(K, UNIT), other=0)
             b_l -= bits_set(b_q ^ b_k)
-    m_k = (o_k >= first_end) & (o_k < last_start) & (o_k < tl.minimum(reach_of(i_q, K, Q, CAUSAL), K))
-    if MASKED:
-        p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
-        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+    m_k = seen_of(mask, i_b, i_q, o_k, first_end, last_start, K, sm_b, sm_q, sm_k, Q, CAUSAL, MASKED)
     keep_levels(tl.where(m_k, b_l, 0), levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)

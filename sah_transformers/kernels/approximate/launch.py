@@ -26,14 +26,33 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """How a row's line is found before there are scores.
+
+    Attributes:
+        lines: float32 ``[3, R]``, see `line.py`.
+        size: of the selection, as `decode.kernel.budgets` gives sizes.
+        count: sampled keys; warps: of a row's program; bins: levels.
+    """
+
+    lines: Any
+    size: tuple[int, int]
+    count: int
+    warps: int
+    bins: int
+
+
+@dataclass(frozen=True)
 class Levels:
     """Where candidates' levels go, and how rows are cut into programs.
 
     Attributes:
+        lines: float32 ``[3, R]`` that scores are laid on, unless they are whole numbers.
         levels: uint8 ``[R, stride]``, 0 where no candidate is; histogram: int32 ``[R, chunks, bins]``.
         chunk, warps: keys and warps of a program; bins: a power of two above the highest level.
     """
 
+    lines: Any
     levels: Any
     histogram: Any
     chunk: int
@@ -125,16 +144,22 @@ class Scoring:
         outputs = (self.scores, self.histogram, self.peaks, self.aboves, self.masses)
         return (self.mask, self.limits, self.lines, *outputs)
 
-    def numbers(self, tile: Tile) -> tuple[int, ...]:
-        """Integers that every kernel takes."""
-        chunks = self.stride // tile.span
-        return (self.keys, self.q.shape[0], self.stride // 16, chunks, *self.look, *self.bands)
+    def numbers(self, span: int) -> tuple[int, ...]:
+        """Integers that every kernel takes; ``span``: keys of a program."""
+        return (self.keys, self.q.shape[0], self.stride // 16, self.stride // span, *self.look, *self.bands)
+
+    def line_numbers(self, samples: Samples) -> tuple[int, ...]:
+        """Integers that kernels take that find lines."""
+        return (self.keys, self.q.shape[0], *self.look, *self.bands, *samples.size)
+
+    def sight(self) -> dict[str, Any]:
+        """Compile-time constants that every kernel takes, those of levels and lines too."""
+        sizes = {"H": self.q.shape[1], "G": self.groups, "Q": self.q.shape[2]}
+        return {**sizes, "CAUSAL": self.causal, "MASKED": self.masked}
 
     def shape(self) -> dict[str, Any]:
-        """Compile-time constants that every kernel takes."""
-        sizes = {"H": self.q.shape[1], "G": self.groups, "Q": self.q.shape[2]}
-        flags = {"CAUSAL": self.causal, "MASKED": self.masked, "MASSES": self.masses_too}
-        return {**sizes, **flags, "BINS": self.bins}
+        """Compile-time constants that every kernel of scores takes."""
+        return {**self.sight(), "MASSES": self.masses_too, "BINS": self.bins}
 
 
 class Given:

@@ -19,101 +19,15 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate.best import NO_CANDIDATE, best_of, rankable
-from sah_transformers.kernels.decode.bracket import both, count_bracket, row_totals, sample_position
+from sah_transformers.kernels.approximate.line import order
+from sah_transformers.kernels.approximate.rows import between, seen_of
+from sah_transformers.kernels.decode.bracket import both
 from sah_transformers.kernels.decode.limits import limits_of, size_of
-from sah_transformers.kernels.decode.values import sortable
 
 ONES, TOPS = tl.constexpr(0x0101010101010101), tl.constexpr(0x8080808080808080)
 ALL, LOWER = tl.constexpr(0xFFFFFFFFFFFFFFFF), tl.constexpr(0x0F0F0F0F0F0F0F0F)
 BELOW = tl.constexpr(1)
 """The level of candidates below the bracket; those above it have the highest."""
-
-
-@triton.jit
-def order(b_v):
-    """A monotone, roughly logarithmic form of non-negative values: int32; 0 for others and NaN."""
-    return sortable(tl.where(b_v > 0, b_v, 0.0))
-
-
-@triton.jit
-def sampled_bracket(
-    scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size, share,
-    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """(low, middle, high, whether there are any) around the cut of a selection row, from sampled scores or, with
-    ``LOGARITHMIC``, their `order`; ``SOFTMAX``: of a group's sum, and the heads' ``stats [3, R]`` are written."""
-    R = B * H * Q
-    E = B * G * Q if SOFTMAX else R
-    i_q, i_b = i_e % Q, i_e // (E // B)
-    n, first_end, last_start = limits_of(
-        limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
-    )
-    last_start = tl.maximum(last_start, first_end)
-    o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
-    m_k = (o_k < last_start) & (o_k < K)
-    if SOFTMAX:
-        o_h = tl.arange(0, HEADS)
-        m_h = o_h < H // G
-        o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
-        p_s = scores + o_r[None, :].to(tl.int64) * (stride * 16) + o_k[:, None]
-        b_s = tl.load(p_s, mask=m_h[None, :] & m_k[:, None], other=float("-inf"))  # a sample's heads in one thread
-        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
-        m_k = m_k & (tl.max(b_s, 1) > float("-inf"))
-        b_v = tl.sum(tl.exp(b_s - peak[None, :]) * (1.0 / tl.maximum(free + band, 1.0))[None, :], 1)
-    else:
-        b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
-        m_k = m_k & (b_v > float("-inf"))
-    if LOGARITHMIC:
-        b_v = order(tl.where(m_k, b_v, 0.0)).to(tl.float32)
-    wanted = size_of(n, size, share)
-    candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)
-    share_of = wanted.to(tl.float32) / tl.maximum(candidates, 1).to(tl.float32)
-    low, high = count_bracket(b_v, m_k, share_of)
-    n_k = tl.sum(m_k.to(tl.int32))
-    middle = (low + high) / 2
-    if LOGARITHMIC:
-        middle = middle_of(b_v, m_k, low, high, n_k.to(tl.float32) * share_of)
-    return low, middle, high, n_k > 0
-
-
-@triton.jit
-def middle_of(b_v, m_v, low, high, expected):
-    """The value in ``[low, high]`` that ``expected`` of the samples ``b_v`` where ``m_v`` reach, between 16 counts."""
-    o = tl.arange(0, 16)
-    step = (high - low) / 16
-    b_pivot = low + step * o.to(tl.float32)
-    b_count = tl.sum((m_v[:, None] & (b_v[:, None] >= b_pivot[None, :])).to(tl.int32), 0).to(tl.float32)
-    at = tl.sum((b_count >= expected).to(tl.int32)) - 1
-    over = tl.sum(tl.where(o == at, b_count, 0.0)) - expected
-    part = over / tl.maximum(over + expected - tl.sum(tl.where(o == at + 1, b_count, 0.0)), 1.0)
-    return tl.minimum(tl.maximum(low + step * (at.to(tl.float32) + part), low), high)
-
-
-@triton.jit(
-    do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share", "size", "share"]
-)
-def line_kernel(
-    scores, limits, peaks, masses, stats, lines, K, B, stride, chunks,
-    first, first_share, last, last_share, size, share,
-    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
-    BINS: tl.constexpr,
-):  # fmt: skip
-    """``lines [3, E]`` of a selection row: the middle of the bracket of its cut, levels per unit below it and above."""
-    i_e = tl.program_id(0)
-    low, middle, high, good = sampled_bracket(
-        scores, limits, peaks, masses, stats, i_e, K, B, stride, chunks, first, first_share, last, last_share, size,
-        share, H, G, Q, CAUSAL, MASKED, SOFTMAX, LOGARITHMIC, CHUNKS, SAMPLES, HEADS,
-    )  # fmt: skip
-    good = good & (high - low < 3.0e38)  # neither infinite nor NaN
-    low, middle, high = tl.where(good, low, 0.0), tl.where(good, middle, 0.0), tl.where(good, high, 0.0)
-    if LOGARITHMIC:
-        middle = tl.floor(tl.minimum(tl.maximum(middle, 0.0), 2.1e9))
-    E = tl.num_programs(0)
-    tl.store(lines + i_e, middle)
-    tl.store(lines + E + i_e, (BINS - 3) / 2 / tl.maximum(middle - low, 1.0e-30))
-    tl.store(lines + 2 * E + i_e, (BINS - 3) / 2 / tl.maximum(high - middle, 1.0e-30))
 
 
 @triton.jit(do_not_specialize=["K", "B", "stride", "chunks", "first", "first_share", "last", "last_share"])
@@ -140,7 +54,7 @@ def level_kernel(
     middle, below, above = tl.load(lines + i_e), tl.load(lines + E + i_e), tl.load(lines + 2 * E + i_e)
     if SOFTMAX:
         b_v = tl.zeros([CHUNK], tl.float32)
-        m_v = (o_k >= first_end) & (o_k < last_start)
+        m_v = between(o_k, first_end, last_start)
         for i_h in range(H // G):
             i_r = (i_e // Q) * (H // G * Q) + i_q + i_h * Q
             b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k)
@@ -150,7 +64,7 @@ def level_kernel(
         tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v)
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
-        m_v = (o_k >= first_end) & (o_k < last_start) & (b_v != float("-inf"))
+        m_v = between(o_k, first_end, last_start) & (b_v != float("-inf"))
     if ERROR > 0:
         b_l = levels_of(b_v * (1.0 - ERROR), m_v, middle, below, above, LOGARITHMIC, BINS)
         b_h = levels_of(tl.abs(b_v) * (1.0 + ERROR), m_v, middle, below, above, LOGARITHMIC, BINS)
@@ -165,12 +79,44 @@ def level_kernel(
 
 @triton.jit
 def levels_of(b_v, m_v, middle, below, above, LOGARITHMIC: tl.constexpr, BINS: tl.constexpr):
-    """The levels of values on a line, 0 where ``m_v`` is false: int32."""
-    b_x = (order(b_v) - middle.to(tl.int32)).to(tl.float32) if LOGARITHMIC else b_v - middle
-    b_x = b_x * tl.where(b_x > 0, above, below) + (BINS + 1) / 2
+    """The levels of values on a line, straight unless it is ``LOGARITHMIC``, 0 where ``m_v`` is false: int32."""
+    if LOGARITHMIC:
+        b_x = (order(b_v) - middle.to(tl.int32)).to(tl.float32)
+        b_x = b_x * tl.where(b_x > 0, above, below) + (BINS + 1) / 2
+    else:
+        b_x = b_v * below + ((BINS + 1) / 2 - middle * below)
     b_x = tl.maximum(b_x, BELOW)  # grows with the value, however rounded; NaN is below
     b_x = tl.minimum(b_x, BINS - 1)
     return tl.where(m_v, b_x, 0.0).to(tl.int32)
+
+
+@triton.jit
+def open_row(
+    limits, lines, i_e, K, B, first, first_share, last, last_share,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(where the candidates of row ``i_e``, one of as many as the grid is wide, begin and end; the middle of its
+    straight line, levels per unit): under way before there are scores."""
+    E = tl.num_programs(1)
+    _, first_end, last_start = limits_of(
+        limits, i_e // (E // B), i_e % Q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+    )
+    return first_end, last_start, tl.load(lines + i_e), tl.load(lines + E + i_e)
+
+
+@triton.jit
+def keep_scores(
+    b_s, row, mask, scores, levels, histogram, i_e, i_c, K, B, stride, chunks, sm_b, sm_q, sm_k,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Scores of a chunk, levels of the candidates of `open_row` among them, and how many keys each level has."""
+    begin, end, middle, slope = row
+    o_k = i_c * CHUNK + tl.arange(0, CHUNK)
+    tl.store(scores + i_e.to(tl.int64) * (stride * 16) + o_k, b_s)
+    i_b = i_e // (tl.num_programs(1) // B)
+    m_k = seen_of(mask, i_b, i_e % Q, o_k, begin, end, K, sm_b, sm_q, sm_k, Q, CAUSAL, MASKED)
+    b_l = levels_of(b_s, m_k & (b_s != float("-inf")), middle, slope, slope, False, BINS)
+    keep_levels(b_l, levels, histogram, i_e, i_c, stride, chunks, CHUNK, BINS)
 
 
 @triton.jit

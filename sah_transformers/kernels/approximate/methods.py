@@ -12,6 +12,9 @@ A method is a module with the same constant and functions:
 - ``levels(call, given)``: in how many levels, from 1 on, candidates are ranked where scores are few whole numbers, else
   0; ``level(launch, call, side, given, scratch, cut)``, where there are some: they go where ``cut``, a `launch.Levels`,
   says, in place of scores.
+- ``line(launch, call, side, given, scratch, samples)``, if there is one: the lines of rows that select by themselves,
+  from the scores of a few keys; ``level`` then writes scores and, on these lines, levels; ``LEVEL_WARPS``: for 1,024
+  keys.
 - ``error(call, given)``, if there is one and the method is ``LOGARITHMIC``: how far stored scores may be off relatively
   if the call is ``coarse``, 0 where it should not be. One with a minus sign is only known not to be above the number
   without it. ``settle(launch, call, side, given, scratch, edges)`` makes those of a `launch.Edges` exact, in place.

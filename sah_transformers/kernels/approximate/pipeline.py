@@ -11,12 +11,8 @@ import torch
 from sah_transformers.kernels.approximate.by_levels import attend_by_levels
 from sah_transformers.kernels.approximate.gather import gather_group_kernel, gather_head_kernel
 from sah_transformers.kernels.approximate.launch import Given, form_of
-from sah_transformers.kernels.approximate.pages import (
-    flags_kernel,
-    page_score_kernel,
-    select_pages_kernel,
-    slots_kernel,
-)
+from sah_transformers.kernels.approximate.page_select import select_pages_kernel
+from sah_transformers.kernels.approximate.pages import page_score_and_look_kernel, page_score_kernel
 from sah_transformers.kernels.approximate.tuned import Tuning, tuning_of
 from sah_transformers.kernels.decode.bands import merge_kernel
 from sah_transformers.kernels.decode.kernel import (
@@ -29,14 +25,19 @@ from sah_transformers.kernels.decode.kernel import (
     Scratch,
     bits_of,
     budgets,
+    count_seen,
     limit_sizes,
+    look_of,
     plan_of,
     power_of_2,
-    see,
+    segments_of,
 )
 from sah_transformers.selections import Estimated, Pages
 
 F32, I32 = torch.float32, torch.int32
+
+LEAST_SPLIT = 4096
+"""Pages from which on a row lies in registers in two parts: fewer would not fill a program's threads."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Work:
         x: tensors and numbers; side: side data by name, ``[B, heads, K or pages, ...]``; given: what the kernels of an
             estimate need beside it.
         positions: int64 ``[B, K]``, needed with a mask.
-        slots, memory: what must live until everything is launched.
+        memory: what must live until everything is launched.
     """
 
     x: Inputs
@@ -59,7 +60,6 @@ class Work:
     tuning: Tuning
     launch: Launcher
     out: torch.Tensor
-    slots: torch.Tensor | None = None
     memory: Scratch | None = None
 
     def __post_init__(self) -> None:
@@ -129,53 +129,70 @@ class Work:
         )  # fmt: skip
 
 
+def parts_of(pages: int) -> tuple[int, int]:
+    """How wide a row of so many pages lies in registers: a power of two, and an eighth or a quarter of it, or 0."""
+    whole = max(32, power_of_2(pages))
+    half = whole // 2
+    rest = max(half // 8, power_of_2(pages - half))
+    return (half, rest) if half >= LEAST_SPLIT and rest <= half // 4 else (whole, 0)
+
+
 def attend_pages(work: Work) -> None:
     """Bounds of the pages, the best of each row, attention over their keys."""
     x, plan, launch, t = work.x, work.plan, work.launch, work.tuning
     assert isinstance(work.selection, Pages)
-    page, low, high = work.selection.size, work.side["low"], work.side["high"]
-    pages, capacity = low.shape[2], low.stride(1) // low.shape[3]
-    stride = -(-pages // 16) * 16
+    page, pages = work.selection.size, work.side["low"].shape[2]
+    stride, tokens = -(-pages // 16) * 16, pages * page
     masked = plan.sight["MASKED"]
+    blanks = -(-work.batch * tokens // 16) * 16 + 2 * work.batch * work.rows * stride if masked else 1
     s = work.scratch(lambda: {
         "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
-        "flags": (work.batch * work.rows * pages if masked else 1, I32),
-        "shifts": (work.batch * work.rows, I32),
+        "slots": (blanks, I32), "shifts": (work.batch * work.rows, I32),
     }, pages)  # fmt: skip
-    slots, tokens = None, pages * page
-    if masked:
-        work.slots = torch.empty((work.batch, tokens), dtype=I32, device=x.q.device)
-        slots = launch.address(work.slots)
-    mask, look = see(x, plan, launch, s, slots, tokens)
-    if masked:
-        assert work.positions is not None
-        launch(
-            slots_kernel, (-(-work.keys // 1024), work.batch, 1), s["limits"], launch.address(work.positions), slots,
-            s["shifts"], work.keys, work.batch, tokens, work.positions.stride(0), Q=work.rows, BLOCK=1024,
-        )  # fmt: skip
-        wide = power_of_2(page)
-        at_once = max(1, t.flag_pages * 16 // wide)
-        launch(
-            flags_kernel, (-(-pages // at_once), work.batch * work.rows, 1), mask, s["limits"], slots, s["shifts"],
-            s["flags"], work.keys, work.batch, pages, tokens, *look,
-            Q=work.rows, CAUSAL=x.causal, PAGE=page, WIDE=wide, BN=at_once,
-        )  # fmt: skip
-    tiles = -(-work.heads // work.groups * work.rows // plan.bm)
+    mask, look = launch.address(x.q if x.mask is None else x.mask), look_of(x)
+    score_pages(work, s, mask, look, pages, stride, tokens, blanks)
+    width, rest = parts_of(-(-work.keys // page))
+    warps = t.group_select_warps if work.selection.group else t.select_warps
+    at_once = t.select_scores // width
+    if width + rest > 16384:  # a thread has half the registers
+        warps, at_once = 32, at_once // 2
     launch(
-        page_score_kernel, (-(-pages // t.score_pages), work.batch * work.groups, tiles),
-        launch.address(x.q), launch.address(low), launch.address(high), s["scores"],
-        pages, capacity, stride, *x.q.stride()[:3],
-        **plan.shape, **plan.dims, BM=plan.bm, BN=t.score_pages, warps=t.score_warps,
+        select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["shifts"], s["slots"],
+        s["lists"], s["counts"], work.keys, work.batch, tokens, stride, x.scaling, *work.bands, *work.size,
+        **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=width, REST=rest,
+        HEADS=min(8, power_of_2(work.heads // work.groups), max(1, at_once)), warps=warps, fuse=False,
     )  # fmt: skip
-    most_pages = max(32, power_of_2(-(-plan.keys // page)))
+    work.gather(s, mask, look, s["slots"] if masked else None, s["lists"], stride, page)
+
+
+def score_pages(
+    work: Work, s: dict[str, Any], mask: Any, look: tuple[int, ...], pages: int, stride: int, tokens: int, blanks: int
+) -> None:
+    """Launch what scores the pages and, where there is a mask, looks at it."""
+    x, plan, launch, t = work.x, work.plan, work.launch, work.tuning
+    low, high = work.side["low"], work.side["high"]
+    chunks, tiles = -(-pages // t.score_pages), -(-work.heads // work.groups * work.rows // plan.bm)
+    scored = (launch.address(x.q), launch.address(low), launch.address(high), s["scores"])
+    sizes = (pages, low.stride(1) // low.shape[3], stride)
+    constants = {**plan.shape, **plan.dims, "BM": plan.bm, "BN": t.score_pages}
+    if x.mask is None:
+        launch(
+            page_score_kernel, (chunks, work.batch * work.groups, tiles), *scored, *sizes, *x.q.stride()[:3],
+            **constants, warps=t.score_warps,
+        )  # fmt: skip
+        return
+    assert work.positions is not None
+    counts = s["counts_seen"]
+    counted = work.batch, work.rows, work.keys
+    segments = count_seen(launch, mask, counts, counted, look, x.causal, s["slots"], blanks)
+    looks = max(1, t.look_programs // (work.batch * work.groups * work.rows))
     launch(
-        select_pages_kernel, (work.selections, 1, 1), s["scores"], s["limits"], s["shifts"], s["flags"],
-        s["lists"], s["counts"], work.keys, work.batch, pages, stride, x.scaling, *work.bands, *work.size,
-        **work.sighted, GROUP=work.selection.group, PAGE=page, PAGES=most_pages,
-        HEADS=min(power_of_2(work.heads // work.groups), max(1, t.select_scores // most_pages)),
-        warps=32 if most_pages > 16384 else t.group_select_warps if work.selection.group else t.select_warps,
+        page_score_and_look_kernel, (looks * work.rows + chunks, work.batch * work.groups, tiles), *scored,
+        mask, counts, s["limits"], launch.address(work.positions), s["slots"], s["shifts"],
+        *sizes, work.keys, work.batch, segments, tokens, *x.q.stride()[:3], work.positions.stride(0), *look,
+        *work.bands, x.least,
+        **constants, CAUSAL=x.causal, PAGE=tokens // pages, LOOKS=looks, **segments_of(plan.keys), warps=t.score_warps,
     )  # fmt: skip
-    work.gather(s, mask, look, slots, s["lists"], stride, page)
 
 
 def attend_rows(
@@ -186,6 +203,8 @@ def attend_rows(
     known: list[Any] = [(name, *form_of(t)) for name, t in side.items()]
     if isinstance(given, Given):
         known.append(given.traits)
+    if isinstance(selection, Pages):
+        known.append(parts_of(-(-x.k.shape[2] // selection.size)))
     plan = plan_of(x, selection, *known)
     out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
     if POISON:

@@ -23,7 +23,16 @@ class Direct:
     def address(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def __call__(self, kernel: Any, grid: tuple[int, int, int], *args: Any, warps: int = 4, **constants: Any) -> None:
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        *args: Any,
+        warps: int = 4,
+        cap: int | None = None,
+        **constants: Any,
+    ) -> None:
+        """``cap``: registers per thread at most, the same for every launch of a kernel."""
         device = args[0].device.index
         kind = (kernel.fn, device, warps, *map(kind_of, args), *constants.values())
         known = _compiled.get(kind)
@@ -33,7 +42,8 @@ class Direct:
             given = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
             run(*grid, stream, function, metadata, None, None, None, *given, *values)
             return
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+        limits = {} if cap is None else {"maxnreg": cap}
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             known = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
             _compiled[kind] = known

@@ -15,10 +15,21 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.k_means import codes_of, fits
-from sah_transformers.kernels.approximate.launch import MOST_ROWS, Scoring, Tile, steps, unit_of, widest
+from sah_transformers.kernels.approximate.k_means import END, codes_of, fits
+from sah_transformers.kernels.approximate.launch import (
+    MOST_ROWS,
+    Levels,
+    Samples,
+    Scoring,
+    Tile,
+    steps,
+    unit_of,
+    widest,
+)
+from sah_transformers.kernels.approximate.levels import keep_scores, open_row
+from sah_transformers.kernels.approximate.line import keep_line, sampled_keys
 from sah_transformers.kernels.approximate.place import Direct, Span, many, programs_of
-from sah_transformers.kernels.approximate.rows import end_of, rows_of
+from sah_transformers.kernels.approximate.rows import end_of, rows_of, seen_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.decode.values import even, power_above
@@ -26,6 +37,7 @@ from sah_transformers.kernels.device import no_kernels
 from sah_transformers.maskers.pq_cache import augment, blocks, nearest, snap, split
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(256, 1, 2), Tile(256, 2, 4), Tile(1024, 1, 8), Tile(256, 4, 4))
+LEVEL_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -65,27 +77,59 @@ def look_up(launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Gi
     )  # fmt: skip
 
 
+def read(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, int]]:
+    """What kernels take that look codes up: pointers, numbers, compile-time constants."""
+    parts = side["codes"].shape[3]
+    codes = widest(side["codes"], parts)
+    unit = unit_of(codes)
+    pointers = (*map(launch.address, (call.q, call.k, codes)), s["table"], launch.address(given.ready))
+    places = (*call.q.stride()[:3], *call.k.stride()[:3], call.scaling, *steps(codes, unit), codes.stride(3))
+    sizes = {"D": call.q.shape[3], "M": parts, "C": given.centroids.shape[3]}
+    return pointers, places, {**sizes, "STEP": codes.stride(2), "UNIT": unit}
+
+
 def score(
     launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], tile: Tile
 ) -> None:
-    codes = side["codes"]
-    parts = codes.shape[3]
-    codes = widest(codes, parts)
-    unit = unit_of(codes)
+    pointers, numbers, constants = read(launch, call, side, given, s)
     bm = min(MOST_ROWS, power_of_2(call.in_group))
     launch(
         code_score_kernel, (call.stride // tile.span, call.q.shape[0] * call.groups, -(-call.in_group // bm)),
-        launch.address(call.q), launch.address(call.k), launch.address(codes), s["table"], launch.address(given.ready),
-        *call.arrays(), *call.numbers(tile), *call.q.stride()[:3], *call.k.stride()[:3], call.scaling,
-        *steps(codes, unit), codes.stride(3),
-        **call.shape(), D=call.q.shape[3], M=parts, C=given.centroids.shape[3], STEP=codes.stride(2), UNIT=unit,
-        BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+        *pointers, *call.arrays(), *call.numbers(tile.span), *numbers,
+        **call.shape(), **constants, BM=bm, BN=tile.keys, COUNT=tile.count, warps=tile.warps,
+    )  # fmt: skip
+
+
+def line(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], samples: Samples
+) -> None:
+    """Lines from the scores of sampled keys."""
+    pointers, numbers, constants = read(launch, call, side, given, s)
+    launch(
+        code_line_kernel, (call.rows, 1, 1), *pointers, call.mask, call.limits, samples.lines,
+        *call.line_numbers(samples), *numbers,
+        **call.sight(), **constants, SAMPLES=samples.count, BINS=samples.bins, warps=samples.warps,
     )  # fmt: skip
 
 
 def levels(call: Scoring, given: Given) -> int:
     """0: scores are no whole numbers."""
     return 0
+
+
+def level(
+    launch: Any, call: Scoring, side: dict[str, torch.Tensor], given: Given, s: dict[str, Any], cut: Levels
+) -> None:
+    """Levels on the rows' lines beside scores."""
+    pointers, numbers, constants = read(launch, call, side, given, s)
+    launch(
+        code_level_kernel, (call.stride // cut.chunk, call.rows, 1),
+        *pointers, call.mask, call.limits, cut.lines, call.scores, cut.levels, cut.histogram,
+        *call.numbers(cut.chunk), *numbers,
+        **call.sight(), **constants, CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
+    )  # fmt: skip
 
 
 def append(
@@ -146,7 +190,7 @@ def code_kernel(
         i_key = tl.cast(i_k, tl.int64)
         p_key = keys + i_b * sk_b + i_g.to(tl.int64) * sk_g + i_key * sk_n + i_m * SUB
         b_x = tl.load(p_key + o_s, mask=o_s < SUB, other=0.0).to(tl.float64)
-        b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0) * inverse  # neither NaN nor Inf
+        b_x = tl.where(tl.abs(b_x) < END, b_x, 0.0) * inverse  # not NaN
         coarse = tl.maximum(power_above(tl.max(tl.abs(b_x))) / 8388608.0, 1.0)
         b_x = even(b_x / coarse) * coarse
         b_far = b_square - 2 * tl.sum(b_c * b_x[None, :], 1)
@@ -179,6 +223,34 @@ def table_kernel(
     tl.store(table + (i_r.to(tl.int64) * M + i_m) * C + o_c, (b_t * scaling).to(tl.float32), mask=o_c < C)
 
 
+@triton.jit
+def code_scores(
+    q, k, codes, table, ready, i_b, i_g, i_h, i_q, i_r, o_k, K, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, scaling,
+    sc_b, sc_g, sc_w,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """As ``code_score_kernel``'s, of one row's keys ``o_k``."""
+    EACH: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 8
+    i_b, i_g = i_b.to(tl.int64), i_g.to(tl.int64)
+    p_codes = codes + i_b * sc_b * UNIT + i_g * (sc_g * UNIT)
+    p_table = table + i_r.to(tl.int64) * (M * C)
+    b_s = tl.zeros_like(o_k).to(tl.float32)
+    if tl.load(ready + i_b) != 0:
+        for i_w in tl.range(0, M // EACH, loop_unroll_factor=4 if M > EACH else 1):
+            b_word = tl.load(p_codes + o_k.to(tl.int64) * STEP + i_w * sc_w, mask=o_k < end_of(K, UNIT), other=0)
+            for i in tl.static_range(EACH):
+                b_code = ((b_word >> (8 * i)) & 0xFF).to(tl.int32)
+                b_s += tl.load(p_table + (i_w * EACH + i) * C + b_code, mask=o_k < K, other=0.0)
+    else:
+        p_q = q + i_b * sq_b + i_h.to(tl.int64) * sq_h + i_q * sq_q
+        p_k = k + i_b * sk_b + i_g * sk_g + o_k.to(tl.int64) * sk_k
+        for i_d in tl.range(0, D):
+            b_k = tl.load(p_k + i_d, mask=o_k < K, other=0.0).to(tl.float32)
+            b_s += tl.load(p_q + i_d).to(tl.float32) * b_k
+        b_s = b_s * scaling
+    return b_s
+
+
 @triton.jit(
     do_not_specialize=[
         "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sk_b", "sk_g",
@@ -205,7 +277,7 @@ def code_score_kernel(
     o_q, o_r, m_m, first_end, last_start, reach = rows_of(
         limits, i_bg, o_m, B, K, first, first_share, last, last_share, IN_GROUP, G, Q, CAUSAL, MASKED
     )
-    p_codes = codes + i_b.to(tl.int64) * (sc_b * UNIT) + i_g.to(tl.int64) * (sc_g * UNIT)
+    p_codes = codes + i_b.to(tl.int64) * sc_b * UNIT + i_g.to(tl.int64) * (sc_g * UNIT)
     p_table = table + o_r[:, None].to(tl.int64) * (M * C)
     coded = tl.load(ready + i_b) != 0
     R = B * G * IN_GROUP
@@ -236,3 +308,59 @@ def code_score_kernel(
             first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
         )  # fmt: skip
     close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES, BINS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "size", "share", "sk_b", "sk_g",
+        "sk_k", "scaling", "sc_b", "sc_g", "sc_w",
+    ]
+)  # fmt: skip
+def code_line_kernel(
+    q, k, codes, table, ready, mask, limits, lines,
+    K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, size, share, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k,
+    scaling, sc_b, sc_g, sc_w,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, SAMPLES: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    """The line of one row."""
+    i_e = tl.program_id(0)
+    i_b, i_h, i_q = i_e // (H * Q), i_e // Q % H, i_e % Q
+    n, begin, end, o_k = sampled_keys(
+        limits, i_b, i_q, K, B, first, first_share, last, last_share, Q, CAUSAL, MASKED, SAMPLES
+    )
+    b_s = code_scores(
+        q, k, codes, table, ready, i_b, i_h // (H // G), i_h, i_q, i_e, o_k, K,
+        sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, scaling, sc_b, sc_g, sc_w, D, M, C, STEP, UNIT,
+    )  # fmt: skip
+    m_k = seen_of(mask, i_b, i_q, o_k, begin, end, K, sm_b, sm_q, sm_k, Q, CAUSAL, MASKED) & (b_s > float("-inf"))
+    keep_line(b_s, m_k, lines, i_e, n, first, first_share, last, last_share, size, share, False, BINS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "sk_b", "sk_g",
+        "sk_k", "scaling", "sc_b", "sc_g", "sc_w",
+    ]
+)  # fmt: skip
+def code_level_kernel(
+    q, k, codes, table, ready, mask, limits, lines, scores, levels, histogram,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k,
+    scaling, sc_b, sc_g, sc_w,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """One row, one chunk of keys: scores, levels and their counts."""
+    i_c, i_e = tl.program_id(0), tl.program_id(1)
+    row = open_row(limits, lines, i_e, K, B, first, first_share, last, last_share, Q, CAUSAL, MASKED)
+    i_b, i_h = i_e // (H * Q), i_e // Q % H
+    b_s = code_scores(
+        q, k, codes, table, ready, i_b, i_h // (H // G), i_h, i_e % Q, i_e,
+        i_c * CHUNK + tl.arange(0, CHUNK), K, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, scaling, sc_b, sc_g, sc_w,
+        D, M, C, STEP, UNIT,
+    )  # fmt: skip
+    keep_scores(
+        b_s, row, mask, scores, levels, histogram, i_e, i_c, K, B, stride, chunks,
+        sm_b, sm_q, sm_k, Q, CAUSAL, MASKED, CHUNK, BINS,
+    )  # fmt: skip

@@ -23,6 +23,24 @@ def rows_of(
 
 
 @triton.jit
+def between(o_k, begin, end):
+    """Which of ``o_k`` lie in ``[begin, end)``, in one comparison."""
+    return (o_k - begin).to(tl.uint32, bitcast=True) < tl.maximum(end - begin, 0).to(tl.uint32)
+
+
+@triton.jit
+def seen_of(
+    mask, i_b, i_q, o_k, begin, end, K, sm_b, sm_q, sm_k, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+):
+    """Which of the keys ``o_k`` one row sees in ``[begin, end)``."""
+    m_k = between(o_k, begin, tl.minimum(end, tl.minimum(reach_of(i_q, K, Q, CAUSAL), K)))
+    if MASKED:
+        p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
+        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
+    return m_k
+
+
+@triton.jit
 def end_of(K, UNIT: tl.constexpr):
     """Where loads end: a multiple of 16 where the storage allows it, so that a thread's keys are loaded at once."""
     return (K + UNIT - 1) // UNIT * UNIT

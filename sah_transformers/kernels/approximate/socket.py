@@ -175,7 +175,7 @@ def score(
     launch(
         bucket_score_kernel,
         (call.stride // tile.span, call.q.shape[0] * call.groups, call.q.shape[2] * (c.heads // c.at_once)),
-        launch.address(words), launch.address(norm), s["table"], *call.arrays(), *call.numbers(tile),
+        launch.address(words), launch.address(norm), s["table"], *call.arrays(), *call.numbers(tile.span),
         *steps(words, unit), words.stride(3), *steps(norm, unit),
         **call.shape(), L=tables, PLANES=planes, WORDS=words.shape[3], RUN=run_of(tables, planes),
         BITS=c.bits, PIECES=c.pieces, AT_ONCE=c.at_once, ROOM=c.room, WHOLE=c.whole, SUM=call.summed,
@@ -356,8 +356,8 @@ def bucket_score_kernel(
     ROWS: tl.constexpr = 1 if SUM else AT_ONCE
     IN_GROUP: tl.constexpr = Q if SUM else H // G * Q
     OWNERS: tl.constexpr = H // G // AT_ONCE
-    p_words = words + i_b.to(tl.int64) * (sw_b * UNIT) + i_g.to(tl.int64) * (sw_g * UNIT)
-    p_norm = norm + i_b.to(tl.int64) * (sn_b * UNIT) + i_g.to(tl.int64) * (sn_g * UNIT)
+    p_words = words + i_b.to(tl.int64) * sw_b * UNIT + i_g.to(tl.int64) * (sw_g * UNIT)
+    p_norm = norm + i_b.to(tl.int64) * sn_b * UNIT + i_g.to(tl.int64) * (sn_g * UNIT)
     p_table = table + ((i_bg * Q + i_q) * OWNERS + i_o // Q).to(tl.int64) * (L * ROOM)
     R = B * G * IN_GROUP
     tallies = none()

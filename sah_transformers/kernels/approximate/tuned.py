@@ -14,7 +14,7 @@ class Tuning:
         score_pages, score_warps: pages per program of the bounds.
         select_warps, group_select_warps, select_scores: of the program that selects a row's pages; how many scores of
             heads it holds at once.
-        flag_pages: pages per program that looks a mask up.
+        look_programs: programs to aim for that look at a mask's rows.
         head_keys, head_warps, head_programs, head_registers: keys at once per query head, programs to aim for,
             registers per thread at most.
         group_keys, group_warps, group_programs, group_stages: the same of a group; key_group_programs: programs for
@@ -31,7 +31,7 @@ class Tuning:
     select_warps: int = 8
     group_select_warps: int = 16
     select_scores: int = 2**15
-    flag_pages: int = 128
+    look_programs: int = 32
     head_keys: int = 32
     head_warps: int = 1
     head_programs: int = 1536

@@ -44,8 +44,8 @@ def bands_kernel(
     o_d, o_e = tl.arange(0, BD), tl.arange(0, BDV)
     p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q
     b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + i_g.to(tl.int64) * (sk_g * UNIT)
-    p_v = v + i_b.to(tl.int64) * (sv_b * UNIT) + i_g.to(tl.int64) * (sv_g * UNIT)
+    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + i_g.to(tl.int64) * (sk_g * UNIT)
+    p_v = v + i_b.to(tl.int64) * sv_b * UNIT + i_g.to(tl.int64) * (sv_g * UNIT)
     _, first_end, last_start = limits_of(
         limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )

@@ -92,7 +92,7 @@ def sample_keys_kernel(
         p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q
         m_k = m_k & (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=m_k, other=0) != 0)
     p_q = q + i_b.to(tl.int64) * sq_b + i_h * sq_h + i_q * sq_q
-    p_k = k + i_b.to(tl.int64) * (sk_b * UNIT) + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
+    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + (i_h // (H // G)).to(tl.int64) * (sk_g * UNIT)
     o_d = tl.arange(0, BD)
     b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     p_mine = samples + i_r * SAMPLES

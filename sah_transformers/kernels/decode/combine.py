@@ -50,7 +50,7 @@ def combine_kernel(
             m_take = b_rank < need
         tl.store(chosen + i_r * LIST + b_rank, tl.where(m_take, b_pos, -1), mask=o < n)
         tl.debug_barrier()
-        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
+        p_v = values + (i_bg // G).to(tl.int64) * sv_b * UNIT + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         b_more = tl.zeros([BT], tl.float32)
         for i_t in range(0, n, BT):
             o_t = i_t + tl.arange(0, BT)

@@ -69,7 +69,7 @@ def gather_kernel(
     if run:
         peak = tl.load(stats + i_r)
         cut = cut_of(i_r, R, cuts, bounds)
-        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
+        p_v = values + (i_bg // G).to(tl.int64) * sv_b * UNIT + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         p_s = scores + i_r.to(tl.int64) * (stride * 16)
         p_mine = packed + (i_r.to(tl.int64) * splits + i_s) * CHUNK
         o_d = tl.arange(0, BDV)
@@ -119,7 +119,7 @@ def gather_group_kernel(
     m_m = o_m < H // G
     o_r = (i_bg * (H // G) + o_m) * Q + i_e % Q
     cut = cut_of(i_e, E, cuts, bounds)
-    p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
+    p_v = values + (i_bg // G).to(tl.int64) * sv_b * UNIT + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
     p_e = ranking + i_e.to(tl.int64) * (stride * 16)
     p_mine = packed + (i_e.to(tl.int64) * splits + i_s) * CHUNK
     p_w = weights + i_e.to(tl.int64) * (stride * (16 * HEADS))
@@ -174,7 +174,7 @@ def stream_kernel(
         o_e = tl.where(m_m, o_r, 0)[:, None]
         peak = tl.load(stats + o_r, mask=m_m, other=0.0)
         cut = cut_of(o_e, R, cuts, bounds)
-        p_v = values + (i_bg // G).to(tl.int64) * (sv_b * UNIT) + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
+        p_v = values + (i_bg // G).to(tl.int64) * sv_b * UNIT + (i_bg % G).to(tl.int64) * (sv_g * UNIT)
         b_acc, b_total = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BN], tl.float32)
         b_zero = b_acc + (peak * 0.0)[:, None]  # not a constant: Triton would turn the sum of tiles into one chain
         for i_c in tl.range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, BN)), num_stages=STAGES):

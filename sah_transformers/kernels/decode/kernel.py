@@ -187,15 +187,17 @@ class Launcher:
         *args: Any,
         warps: int = 4,
         cap: int | None = None,
+        fuse: int = True,
         **constants: Any,
     ) -> None:
+        """``cap``: registers per thread at most; ``fuse``: whether products and sums may be rounded once."""
         if self.ready:
             run, function, metadata, values = self.plan.compiled[self.step]
             self.step += 1
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
         limits = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
+        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=fuse, **limits)
         if hasattr(compiled, "packed_metadata"):  # not under the interpreter
             entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
             self.plan.compiled.append(entry)
@@ -212,47 +214,62 @@ def limit_sizes(x: Inputs, plan: Plan) -> Elements:
     return {"limits": (5 * rows, torch.int32), "counts_seen": (counts, torch.int32)}
 
 
-def see(
-    x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any], slots: Any = None, tokens: int = 0
-) -> tuple[Any, tuple[int, int, int]]:
-    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer.
-
-    ``slots``: int32 ``[B, tokens]`` that become -1.
-    """
+def look_of(x: Inputs) -> tuple[int, int, int]:
+    """The mask's strides over (B, Q, K), 0 where it has only one."""
     if x.mask is None:
-        return launch.address(x.q), (0, 0, 0)
-    batch, rows, keys = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+        return 0, 0, 0
     strides = x.mask.stride()
-    look = (0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2])
+    return 0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2]
+
+
+def see(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any]) -> tuple[Any, tuple[int, int, int]]:
+    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer."""
+    look = look_of(x)
+    if x.mask is None:
+        return launch.address(x.q), look
+    sizes, bands = (x.q.shape[0], x.q.shape[2], x.k.shape[2]), (*budgets(x.stack), x.least)
     mask = launch.address(x.mask)
-    bands = (*budgets(x.stack), x.least)
-    counts = s["counts_seen"]
-    given = (counts if slots is None else slots, tokens)
-    find_limits(launch, mask, counts, s["limits"], given, (batch, rows, keys), look, bands, x.causal, plan.keys)
+    find_limits(launch, mask, s["counts_seen"], s["limits"], sizes, look, bands, x.causal, plan.keys)
     return mask, look
 
 
+def count_seen(
+    launch: Any, mask: Any, counts: Any, sizes: tuple[int, int, int], look: tuple[int, ...], causal: bool,
+    blank: Any = None, blanks: int = 0,
+) -> int:  # fmt: skip
+    """Segments per row whose visible keys ``counts`` holds, see ``find_limits``; ``blank``: int32, ``blanks`` numbers
+    that become -1."""
+    batch, rows, keys = sizes
+    segments = -(-keys // SEGMENT)
+    launch(
+        count_kernel, (segments, batch * rows, 1), mask, counts, counts if blank is None else blank,
+        keys, segments, blanks, *look,
+        Q=rows, CAUSAL=causal, LENGTH=SEGMENT,
+    )  # fmt: skip
+    return segments
+
+
+def segments_of(bound: int) -> dict[str, int]:
+    """Constants of ``bounds_of`` for at most ``bound`` keys, a power of two."""
+    return {"SEGMENTS": max(16, bound // SEGMENT), "LENGTH": SEGMENT}
+
+
 def find_limits(
-    launch: Any, mask: Any, counts: Any, limits: Any, slots: tuple[Any, int], sizes: tuple[int, int, int],
-    look: tuple[int, ...], bands: tuple[int, ...], causal: bool, bound: int,
+    launch: Any, mask: Any, counts: Any, limits: Any, sizes: tuple[int, int, int], look: tuple[int, ...],
+    bands: tuple[int, ...], causal: bool, bound: int,
 ) -> None:  # fmt: skip
     """``limits [5, B*Q]`` of a mask's rows, see ``bounds_kernel``.
 
     Args:
-        counts: int32 ``[B*Q, ceil(K / SEGMENT)]``, scratch; slots: int32 ``[B, tokens]`` that become -1, and tokens.
+        counts: int32 ``[B*Q, ceil(K / SEGMENT)]``, scratch.
         sizes: (B, Q, K); look: the mask's strides over them.
         bound: at least K, a power of two.
     """
     batch, rows, keys = sizes
-    segments = -(-keys // SEGMENT)
-    launch(
-        count_kernel, (-(-max(keys, slots[1]) // SEGMENT), batch * rows, 1), mask, counts, slots[0],
-        keys, segments, slots[1], *look,
-        Q=rows, CAUSAL=causal, LENGTH=SEGMENT,
-    )  # fmt: skip
+    segments = count_seen(launch, mask, counts, sizes, look, causal)
     launch(
         bounds_kernel, (batch * rows, 1, 1), mask, counts, limits, keys, batch, segments, *look, *bands,
-        Q=rows, CAUSAL=causal, SEGMENTS=max(16, bound // SEGMENT), LENGTH=SEGMENT,
+        Q=rows, CAUSAL=causal, **segments_of(bound),
     )  # fmt: skip
 
 

@@ -47,36 +47,35 @@ def limits_of(
     return n, first_end, last_start
 
 
-@triton.jit(do_not_specialize=["K", "stride", "tokens", "sm_b", "sm_q"])
+@triton.jit(do_not_specialize=["K", "stride", "blanks", "sm_b", "sm_q"])
 def count_kernel(
-    mask, counts, slots, K, stride, tokens, sm_b, sm_q, sm_k,
+    mask, counts, blank, K, stride, blanks, sm_b, sm_q, sm_k,
     Q: tl.constexpr, CAUSAL: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Visible keys of one segment of ``LENGTH`` keys of one row of a boolean mask: ``counts [B*Q, stride]``; and -1 to
-    as many of ``slots [B, tokens]``."""
+    a share of ``blank [blanks]``."""
     i_s, i = tl.program_id(0), tl.program_id(1)
     reach = reach_of(i % Q, K, Q, CAUSAL)
-    o_k = i_s * LENGTH + tl.arange(0, LENGTH)
+    o = tl.arange(0, LENGTH)
+    o_k = i_s * LENGTH + o
     p_mask = mask + (i // Q).to(tl.int64) * sm_b + i % Q * sm_q + o_k.to(tl.int64) * sm_k
     b_n = (tl.load(p_mask, mask=o_k < reach, other=0) != 0).to(tl.int32)
-    tl.store(counts + i.to(tl.int64) * stride + i_s, tl.sum(b_n), mask=i_s < stride)
-    if i % Q == 0:
-        tl.store(slots + (i // Q).to(tl.int64) * tokens + o_k, tl.full([LENGTH], -1, tl.int32), mask=o_k < tokens)
+    tl.store(counts + i.to(tl.int64) * stride + i_s, tl.sum(b_n))
+    share = (i.to(tl.int64) * stride + i_s) * LENGTH
+    for start in range(share, blanks, stride * tl.num_programs(1) * LENGTH):
+        tl.store(blank + start + o, tl.full([LENGTH], -1, tl.int32), mask=start + o < blanks)
 
 
-@triton.jit(
-    do_not_specialize=["K", "B", "stride", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"]
-)
-def bounds_kernel(
-    mask, counts, limits, K, B, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
+@triton.jit
+def bounds_of(
+    mask, counts, i, K, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
     Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Counts and bands of one row of a boolean mask, into ``limits [5, B*Q]``: n, first_end, last_start, begin, end.
+    """(n, first_end, last_start, begin, end) of row ``i`` (int64) of a boolean mask.
 
     A row that sees fewer than ``least`` keys takes all of them as "first". Of ``counts``' segments only those are
     looked at that hold the first, the last, or a band's last key.
     """
-    i = tl.program_id(0).to(tl.int64)
     i_b, i_q = i // Q, i % Q
     reach = reach_of(i_q.to(tl.int32), K, Q, CAUSAL)
     p_mask = mask + i_b * sm_b + i_q * sm_q
@@ -98,9 +97,32 @@ def bounds_kernel(
     b_end = tl.max(tl.where(m_k, o_k + 1, 0), 1)  # behind each of the four, 0 where there is none
     begin, end = tl.sum(tl.where(o == 0, b_end, 0)), tl.sum(tl.where(o == 1, b_end, 0))
     first_end, last_start = tl.sum(tl.where(o == 2, b_end, 0)), tl.sum(tl.where(o == 3, b_end, 0)) - 1
+    first_end, last_start = tl.where(n < least, K, first_end), tl.where(n_before >= n, K, last_start)
+    return n, first_end, last_start, tl.where(n > 0, begin - 1, K), end
+
+
+@triton.jit
+def store_bounds(limits, i, rows, n, first_end, last_start, begin, end):
+    """``limits [5, rows]`` of row ``i``: n, first_end, last_start, begin, end."""
     p = limits + i
     tl.store(p, n)
-    tl.store(p + B * Q, tl.where(n < least, K, first_end))
-    tl.store(p + 2 * B * Q, tl.where(n_before >= n, K, last_start))
-    tl.store(p + 3 * B * Q, tl.where(n > 0, begin - 1, K))
-    tl.store(p + 4 * B * Q, end)
+    tl.store(p + rows, first_end)
+    tl.store(p + 2 * rows, last_start)
+    tl.store(p + 3 * rows, begin)
+    tl.store(p + 4 * rows, end)
+
+
+@triton.jit(
+    do_not_specialize=["K", "B", "stride", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "least"]
+)
+def bounds_kernel(
+    mask, counts, limits, K, B, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Counts and bands of one row of a boolean mask, into ``limits [5, B*Q]`` (``bounds_of``)."""
+    i = tl.program_id(0).to(tl.int64)
+    n, first_end, last_start, begin, end = bounds_of(
+        mask, counts, i, K, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
+        Q, CAUSAL, SEGMENTS, LENGTH,
+    )  # fmt: skip
+    store_bounds(limits, i, B * Q, n, first_end, last_start, begin, end)

@@ -85,11 +85,29 @@ def pivots_above(b_x, low, shift):
 
 
 @triton.jit
-def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
-    """``[PIVOTS]``: to how many words of `pivots_above` each pivot belongs; ``EACH`` of them in a thread, at most 8."""
-    b_above = tl.sum(tl.reshape(b_above, (b_above.numel // EACH, EACH), can_reorder=True), 1)
+def added_up(b_above, LANES: tl.constexpr):
+    """Words of `pivots_above` as ``LANES`` sums of them, in any order; zeros where there are more than words."""
+    EACH: tl.constexpr = b_above.numel // LANES
+    if EACH > 0:
+        b_sum = tl.sum(tl.reshape(b_above, (LANES, EACH), can_reorder=True), 1)
+    else:
+        b_above = tl.reshape(b_above, (b_above.numel,), can_reorder=True)
+        o = tl.arange(0, LANES // b_above.numel)
+        b_sum = tl.where(o[None, :] == 0, b_above[:, None], tl.zeros_like(b_above)[:, None])
+    return b_sum
+
+
+@triton.jit
+def numbers_in(b_above, PIVOTS: tl.constexpr):
+    """``[PIVOTS]``: to how many of the words that were `added_up` each pivot belongs."""
     b_four = (b_above[:, None] >> (tl.arange(0, PIVOTS) * 4).to(b_above.dtype)[None, :]) & 15
     return tl.sum(b_four.to(tl.int32), 0)
+
+
+@triton.jit
+def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
+    """``[PIVOTS]``: to how many words of `pivots_above` each pivot belongs; ``EACH`` of them in a thread, at most 8."""
+    return numbers_in(added_up(b_above, b_above.numel // EACH), PIVOTS)
 
 
 @triton.jit
