@@ -59,6 +59,7 @@ def worker(folder: Path, cached: int, batch: int) -> None:
             sah_transformers.enable(model, stack)
         step = measured(case, model, Way(sparse=bool(stack), compiled=False), share)
         found[name] = {**step.to_dict(), "tokens": step.tokens}
+        print(f"rank {rank} of {ranks}, {name}: {step.wall_ms:.2f} ms", flush=True)
         if stack:
             sah_transformers.disable(model)
         if torch.cuda.is_available():

@@ -13,7 +13,10 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -118,28 +121,49 @@ def random_model(case: Case, device: str) -> Any:
 
 
 def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
-    """Every way's step, by name."""
-    model = random_model(case, device)
-    maskers = tuple(case.maskers)
-    steps = {}
-    for way in WAYS:
-        if way.sparse:
-            sah_transformers.enable(model, {"maskers": [one.to_dict() for one in maskers], "kernel": kernel})
-            steps[way.name] = _step(case, model, way)
-            sah_transformers.disable(model)
-        else:
-            steps[way.name] = _dense_step(case.B, case.K, case.G, case.D, case.padding, model, way)
-    return steps
+    """Every way's step, by name. Dense steps do not depend on the stack: those of a run are shared by its cases."""
+    if device != "cpu":
+        model_of.cache_clear()  # room for the other processes'
+        gc.collect()
+        torch.cuda.empty_cache()
+    sizes = {name: getattr(case, name) for name in ("K", "B", "H", "G", "D", "padding", "dtype", *MODEL)}
+    return {
+        way.name: alone(device, step_of, case, device, kernel, way) if way.sparse else _dense_step(device, way, **sizes)
+        for way in WAYS
+    }
+
+
+MODEL = ("layers", "intermediate", "vocab")
 
 
 @functools.lru_cache(32)
-def _dense_step(B: int, K: int, G: int, D: int, padding: float, model: Any, way: Way) -> Step:
-    """Dense steps do not depend on the stack: those of a run are shared by its cases."""
-    case = Case(
-        suite="", name="", op="step", K=K, B=B, G=G, H=G, D=D, padding=padding, maskers=_ANY,
-        layers=1, intermediate=1, vocab=1,
-    )  # fmt: skip
-    return _step(case, model, way)
+def _dense_step(device: str, way: Way, **sizes: Any) -> Step:
+    case = Case(suite="", name="", op="step", maskers=_ANY, **sizes)
+    return alone(device, step_of, case, device, "auto", way)
+
+
+def alone(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, on a GPU in a process of its own.
+
+    What PyTorch's profiler leaves behind in a process makes later launches slower, and nothing that another way holds
+    on to is counted in a way's memory.
+    """
+    if device == "cpu":
+        return function(*args)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def step_of(case: Case, device: str, kernel: str, way: Way) -> Step:
+    """One way's step."""
+    model = random_model(case, device)
+    if not way.sparse:
+        return _step(case, model, way)
+    sah_transformers.enable(model, {"maskers": [one.to_dict() for one in case.maskers], "kernel": kernel})
+    try:
+        return _step(case, model, way)
+    finally:
+        sah_transformers.disable(model)
 
 
 _ANY = (sah_transformers.CausalMaskerConfig(),)
