@@ -284,7 +284,8 @@ def test_untrained_codes_are_planes_through_centred_keys(hidden, shared):
         assert len(mlp[0][1]) == (2 if shared else 4)
     scale, key_scale = (weights[side][0][:, :3].double() for side in "qk")
     planes_q, planes_k = (outputs[side] for side in "qk")
-    assert planes_k.mean((0, 1)).abs().max() < 1e-5
+    rounding = torch.finfo(torch.float32).eps * weights["k"][1].abs().max()  # of the mean that is taken away
+    assert planes_k.mean((0, 1)).abs().max() < 2 * rounding
     for head in range(4):
         at = head // 2 if shared else head
         if hidden >= 12:
