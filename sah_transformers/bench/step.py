@@ -38,7 +38,7 @@ PARTS = {
     "matrix products": r"gemm|gemv|cublas|nvjet|splitk|triton_tem|aten::(addmm|mm|bmm|linear)$",
     "attention": r"fmha|flash|sdpa|dot_product|(bands|merge|combine|gather\w*|stream)_kernel",
     "cache": r"CatArray|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
-    "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|count|bounds|select\w*|flags|slots|follow|fold\w*|"
+    "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|count|bounds|select\w*|follow|fold\w*|"
     r"line|\w*level\w*|edge|settle|hash|label|code|table|pieces|bucket)_kernel|topk|sort",
 }
 """What a kernel (on a CPU: an operator) belongs to, by its name. All else is "rest"."""
@@ -126,14 +126,12 @@ def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
         model_of.cache_clear()  # room for the other processes'
         gc.collect()
         torch.cuda.empty_cache()
-    sizes = {name: getattr(case, name) for name in ("K", "B", "H", "G", "D", "padding", "dtype", *MODEL)}
+    names = ("K", "B", "H", "G", "D", "padding", "dtype", "layers", "intermediate", "vocab")
+    sizes = {name: getattr(case, name) for name in names}
     return {
         way.name: alone(device, step_of, case, device, kernel, way) if way.sparse else _dense_step(device, way, **sizes)
         for way in WAYS
     }
-
-
-MODEL = ("layers", "intermediate", "vocab")
 
 
 @functools.lru_cache(32)

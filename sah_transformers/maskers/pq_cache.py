@@ -175,17 +175,9 @@ class PQCache(TopKMasker):
     def append(self, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> dict[str, torch.Tensor]:
         """Codes of new keys; zeros while there is no codebook."""
         batch, groups, new, dim = keys.shape
-        parts, step = self.parts(dim), ctx.side["step"]
-        codes = torch.zeros(batch, groups, new, parts, dtype=torch.uint8, device=keys.device)
-        if not new:
-            return {"codes": codes}
-        step = step.double()
-        centroids = ctx.side["centroids"].double() / step[..., None, None]
-        for start, stop in blocks(new, centroids):
-            points = snap(split(keys[:, :, start:stop], parts), step)
-            if "radius" in ctx.side:
-                points = augment(points, ctx.side["radius"])
-            codes[:, :, start:stop] = nearest(points, centroids).transpose(-1, -2)
+        codes = torch.zeros(batch, groups, new, self.parts(dim), dtype=torch.uint8, device=keys.device)
+        if new:
+            encode(keys, ctx.side["centroids"], ctx.side["step"], ctx.side.get("radius"), codes)
         return {"codes": codes}
 
     def score(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -204,6 +196,23 @@ class PQCache(TopKMasker):
         for b in (~ready).nonzero().flatten().tolist():
             scores[b] = dot(queries[b : b + 1].double(), keys[b : b + 1].double())[0]
         return scores.mul_(ctx.scaling)
+
+
+def encode(
+    keys: torch.Tensor, centroids: torch.Tensor, step: torch.Tensor, radius: torch.Tensor | None, codes: torch.Tensor
+) -> None:
+    """Codes of ``keys [B, G, n, D]`` into uint8 ``codes [B, G, n, M]``.
+
+    Args:
+        centroids: float32 ``[B, G, M, C, S]``, whole multiples of ``step [B, G, M]``; radius: float64 ``[B, G, M]``
+            under ``ip``.
+    """
+    step = step.double()
+    centroids = centroids.double() / step[..., None, None]
+    for start, stop in blocks(keys.shape[2], centroids):
+        points = snap(split(keys[:, :, start:stop], codes.shape[3]), step)
+        points = points if radius is None else augment(points, radius)
+        codes[:, :, start:stop] = nearest(points, centroids).transpose(-1, -2)
 
 
 def split(keys: torch.Tensor, parts: int) -> torch.Tensor:

@@ -38,8 +38,8 @@ from sah_transformers.rows import Context
 
 TILES = (Tile(256, 1, 4), Tile(512, 1, 4), Tile(256, 1, 2), Tile(128, 2, 2), Tile(256, 2, 4), Tile(512, 1, 8))
 LEVEL_WARPS = 2
-ONE = 0x3F800000
-"""1.0 in float32, handed to kernels: from a register it costs no instruction of its own."""
+ONE = tl.constexpr(0x3F800000)
+"""The bits of 1.0 in float32, handed to kernels of rows: from a register they cost no instruction of their own."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read(
     }  # fmt: skip
     return (
         tuple(map(launch.address, (call.q, given.channels, code, low, step))),
-        (*call.q.stride()[:3], given.factor, ONE, given.channels.stride(0), *places), constants,
+        (*call.q.stride()[:3], given.factor, given.channels.stride(0), *places), constants,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def line(
     pointers, numbers, constants = read(launch, call, side, given)
     launch(
         label_line_kernel, (call.rows, 1, 1), *pointers, call.mask, call.limits, samples.lines,
-        *call.line_numbers(samples), *numbers,
+        *call.line_numbers(samples), *numbers, ONE.value,
         **call.sight(), **constants, SAMPLES=samples.count, BINS=samples.bins, warps=samples.warps,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def level(
     launch(
         label_level_kernel, (call.stride // cut.chunk, call.rows, 1),
         *pointers, call.mask, call.limits, cut.lines, call.scores, cut.levels, cut.histogram,
-        *call.numbers(cut.chunk), *numbers,
+        *call.numbers(cut.chunk), *numbers, ONE.value,
         **call.sight(), **constants, CHUNK=cut.chunk, BINS=cut.bins, warps=cut.warps,
     )  # fmt: skip
 
@@ -228,8 +228,8 @@ def one_and_code(b_word, one, AT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def label_scores(
-    q, channels, code, low, step, i_b, i_h, i_q, o_k, K, sq_b, sq_h, sq_q, factor, one, so_h,
-    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h,
+    q, channels, code, low, step, i_b, i_h, i_q, o_k, K, sq_b, sq_h, sq_q, factor, so_h,
+    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, one,
     WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -258,14 +258,13 @@ def label_scores(
 
 @triton.jit(
     do_not_specialize=[
-        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor", "one",
-        "so_h",
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor", "so_h",
         "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h",
     ]
 )  # fmt: skip
 def label_score_kernel(
     q, channels, code, low, step, mask, limits, lines, scores, histogram, peaks, aboves, masses,
-    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor, one, so_h,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor, so_h,
     sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     MASSES: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
@@ -300,7 +299,7 @@ def label_score_kernel(
         for i_d in tl.static_range(WIDTH):
             if i_d % CODES == 0:
                 b_word = tl.load(p_code + o_l * STEP + (i_d // CODES) * sc_w, mask=m_k, other=0)
-            b_code = one_and_code(b_word, 0x3F800000, i_d % CODES, BITS)
+            b_code = one_and_code(b_word, ONE, i_d % CODES, BITS)
             channel = tl.load(p_channel + i_d, mask=m_m, other=0)
             b_q = tl.load(p_q + channel, mask=m_m, other=0.0).to(tl.float32)
             total += b_q
@@ -316,15 +315,14 @@ def label_score_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "size", "share", "factor", "one",
-        "so_h",
-        "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h",
+        "K", "B", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "size", "share", "factor", "so_h",
+        "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h", "one",
     ]
 )  # fmt: skip
 def label_line_kernel(
     q, channels, code, low, step, mask, limits, lines,
-    K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, size, share, sq_b, sq_h, sq_q, factor, one, so_h,
-    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h,
+    K, B, sm_b, sm_q, sm_k, first, first_share, last, last_share, size, share, sq_b, sq_h, sq_q, factor, so_h,
+    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, one,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr,
     UNIT: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr,
@@ -336,8 +334,8 @@ def label_line_kernel(
         limits, i_b, i_q, K, B, first, first_share, last, last_share, Q, CAUSAL, MASKED, SAMPLES
     )
     b_s = label_scores(
-        q, channels, code, low, step, i_b, i_e // Q % H, i_q, o_k, K, sq_b, sq_h, sq_q, factor, one, so_h,
-        sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, WIDTH, BITS, STEP, LOW_STEP, STEP_STEP, UNIT,
+        q, channels, code, low, step, i_b, i_e // Q % H, i_q, o_k, K, sq_b, sq_h, sq_q, factor, so_h,
+        sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, one, WIDTH, BITS, STEP, LOW_STEP, STEP_STEP, UNIT,
     )  # fmt: skip
     m_k = seen_of(mask, i_b, i_q, o_k, begin, end, K, sm_b, sm_q, sm_k, Q, CAUSAL, MASKED) & (b_s > float("-inf"))
     keep_line(b_s, m_k, lines, i_e, n, first, first_share, last, last_share, size, share, False, BINS)
@@ -345,15 +343,14 @@ def label_line_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor", "one",
-        "so_h",
-        "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h",
+        "K", "B", "stride", "chunks", "sm_b", "sm_q", "first", "first_share", "last", "last_share", "factor", "so_h",
+        "sc_b", "sc_h", "sc_w", "sl_b", "sl_h", "st_b", "st_h", "one",
     ]
 )  # fmt: skip
 def label_level_kernel(
     q, channels, code, low, step, mask, limits, lines, scores, levels, histogram,
-    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor, one, so_h,
-    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h,
+    K, B, stride, chunks, sm_b, sm_q, sm_k, first, first_share, last, last_share, sq_b, sq_h, sq_q, factor, so_h,
+    sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, one,
     H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     WIDTH: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, LOW_STEP: tl.constexpr, STEP_STEP: tl.constexpr,
     UNIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
@@ -363,8 +360,8 @@ def label_level_kernel(
     row = open_row(limits, lines, i_e, K, B, first, first_share, last, last_share, Q, CAUSAL, MASKED)
     b_s = label_scores(
         q, channels, code, low, step, i_e // (H * Q), i_e // Q % H, i_e % Q,
-        i_c * CHUNK + tl.arange(0, CHUNK), K, sq_b, sq_h, sq_q, factor, one, so_h,
-        sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, WIDTH, BITS, STEP, LOW_STEP, STEP_STEP, UNIT,
+        i_c * CHUNK + tl.arange(0, CHUNK), K, sq_b, sq_h, sq_q, factor, so_h,
+        sc_b, sc_h, sc_w, sl_b, sl_h, st_b, st_h, one, WIDTH, BITS, STEP, LOW_STEP, STEP_STEP, UNIT,
     )  # fmt: skip
     keep_scores(
         b_s, row, mask, scores, levels, histogram, i_e, i_c, K, B, stride, chunks,

@@ -269,17 +269,23 @@ def nearest(x_t, x_l, c_t, c_l, b_square, gap):
 
 
 @triton.jit
+def snapped(p_x, o_s, S: tl.constexpr, inverse):
+    """The sub-vector at ``p_x`` in whole numbers, as the masker has it in float64."""
+    b_x = tl.load(p_x + o_s, mask=o_s < S, other=0.0).to(tl.float64)
+    b_x = tl.where(tl.abs(b_x) < END, b_x, 0.0) * inverse  # not NaN
+    coarse = tl.maximum(power_above(tl.max(tl.abs(b_x), 0)) / 8388608.0, 1.0)
+    return even(b_x * (1.0 / coarse)) * coarse
+
+
+@triton.jit
 def exactly(p_x, p_c, inverse, C: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
     """(the centroid nearest to one sub-vector, that in whole numbers ``[BS]``), as the masker has them in float64."""
     o_c, o_s = tl.arange(0, BC), tl.arange(0, BS)
     p_c = p_c + o_c[:, None] * S + o_s[None, :]
     b_c = tl.load(p_c, mask=(o_c < C)[:, None] & (o_s < S)[None, :], other=0.0).to(tl.float64) * inverse
-    b_x = tl.load(p_x + o_s, mask=o_s < S, other=0.0).to(tl.float64)
-    b_x = tl.where(tl.abs(b_x) < END, b_x, 0.0) * inverse
-    coarse = tl.maximum(power_above(tl.max(tl.abs(b_x), 0)) / 8388608.0, 1.0)
-    b_x = even(b_x * (1.0 / coarse))
-    b_far = tl.sum(b_c * b_c, 1) - 2.0 * coarse * tl.sum(b_c * b_x[None, :], 1)
-    return tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0), b_x * coarse
+    b_x = snapped(p_x, o_s, S, inverse)
+    b_far = tl.sum(b_c * b_c, 1) - 2 * tl.sum(b_c * b_x[None, :], 1)
+    return tl.argmin(tl.where(o_c < C, b_far, float("inf")), 0), b_x
 
 
 @triton.jit(do_not_specialize=["n", "sk_b", "sk_g", "sk_n"])

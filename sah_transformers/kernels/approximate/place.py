@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from sah_transformers.kernels.built import built
+
 FEW = 16
 """Up to so many new keys take the append kernels; more take the masker's own operations."""
 
@@ -42,10 +44,8 @@ class Direct:
             given = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
             run(*grid, stream, function, metadata, None, None, None, *given, *values)
             return
-        limits = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True, **limits)
-        if hasattr(compiled, "packed_metadata"):  # not under the interpreter
-            known = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
+        known = built(kernel, grid, args, constants, warps, cap)
+        if known is not None:
             _compiled[kind] = known
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.approximate import launch as shared
-from sah_transformers.kernels.approximate.k_means import END, codes_of, fits
+from sah_transformers.kernels.approximate.k_means import codes_of, fits, snapped
 from sah_transformers.kernels.approximate.launch import (
     MOST_ROWS,
     Levels,
@@ -32,9 +32,9 @@ from sah_transformers.kernels.approximate.place import Direct, Span, many, progr
 from sah_transformers.kernels.approximate.rows import end_of, rows_of, seen_of
 from sah_transformers.kernels.decode.score import close_tally, keep_tile, open_tally
 from sah_transformers.kernels.decode.stack import power_of_2
-from sah_transformers.kernels.decode.values import even, power_above
+from sah_transformers.kernels.decode.values import even
 from sah_transformers.kernels.device import no_kernels
-from sah_transformers.maskers.pq_cache import augment, blocks, nearest, snap, split
+from sah_transformers.maskers.pq_cache import encode
 
 TILES = (Tile(512, 1, 4), Tile(256, 1, 4), Tile(256, 1, 2), Tile(256, 2, 4), Tile(1024, 1, 8), Tile(256, 4, 4))
 LEVEL_WARPS = 4
@@ -144,12 +144,7 @@ def append(
         if given.radius is None and fits(keys, width) and not no_kernels(keys):
             codes_of(keys, given.centroids, given.step, storage)
             return
-        step = given.step.double()
-        centroids = given.centroids.double() / step[..., None, None]
-        for begin, end in blocks(keys.shape[2], centroids):
-            points = snap(split(keys[:, :, begin:end], parts), step)
-            points = points if given.radius is None else augment(points, given.radius)
-            storage[:, :, begin:end] = nearest(points, centroids).transpose(-1, -2)
+        encode(keys, given.centroids, given.step, given.radius, storage)
         return
     launch = Direct()
     start, n = programs_of(launch, span)
@@ -189,10 +184,7 @@ def code_kernel(
     for i_k in tl.range(begin + i_n, end, n):
         i_key = tl.cast(i_k, tl.int64)
         p_key = keys + i_b * sk_b + i_g.to(tl.int64) * sk_g + i_key * sk_n + i_m * SUB
-        b_x = tl.load(p_key + o_s, mask=o_s < SUB, other=0.0).to(tl.float64)
-        b_x = tl.where(tl.abs(b_x) < END, b_x, 0.0) * inverse  # not NaN
-        coarse = tl.maximum(power_above(tl.max(tl.abs(b_x))) / 8388608.0, 1.0)
-        b_x = even(b_x / coarse) * coarse
+        b_x = snapped(p_key, o_s, SUB, inverse)
         b_far = b_square - 2 * tl.sum(b_c * b_x[None, :], 1)
         if S > SUB:
             more = tl.maximum(tl.load(radius + i_book) - tl.sum(b_x * b_x), 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sah_transformers.kernels.built import built
 from sah_transformers.kernels.decode.bands import bands_kernel, merge_kernel
 from sah_transformers.kernels.decode.bracket import sample_keys_kernel, sample_scores_kernel
 from sah_transformers.kernels.decode.combine import combine_kernel
@@ -190,16 +191,14 @@ class Launcher:
         fuse: int = True,
         **constants: Any,
     ) -> None:
-        """``cap``: registers per thread at most; ``fuse``: whether products and sums may be rounded once."""
+        """``cap``, ``fuse``: see ``built``."""
         if self.ready:
             run, function, metadata, values = self.plan.compiled[self.step]
             self.step += 1
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
-        limits = {} if cap is None else {"maxnreg": cap}
-        compiled = kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=fuse, **limits)
-        if hasattr(compiled, "packed_metadata"):  # not under the interpreter
-            entry = (compiled.run, compiled.function, compiled.packed_metadata, tuple(constants.values()))
+        entry = built(kernel, grid, args, constants, warps, cap, fuse)
+        if entry is not None:
             self.plan.compiled.append(entry)
 
 
