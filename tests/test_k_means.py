@@ -125,6 +125,24 @@ def test_points_as_near_to_several_centroids():
     check(keys[:, :, torch.randperm(343, generator=torch.Generator().manual_seed(0))], 1, 16, 3, keys / 2)
 
 
+@kernel_test
+def test_keys_far_beyond_the_prompts_are_rounded():
+    """So that sums stay exact: beside a number of 2**24 steps one of a single step decides nothing."""
+    from sah_transformers.kernels.approximate import k_means
+    from sah_transformers.kernels.approximate import pq_cache as kernels
+
+    books, keys = torch.zeros(1, 1, 1, 2, 16, device=DEVICE), torch.zeros(1, 1, 3, 16, device=DEVICE)
+    books[..., 1] = torch.tensor([-1.0, 1.0], device=DEVICE)
+    keys[..., 0], keys[..., 1] = torch.tensor([2.0**24, 2.0**23 - 1, 0.0], device=DEVICE), 1.0
+    step, ready = torch.ones(1, 1, 1, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
+    many, few, masker = torch.full((3, 1, 1, 3, 1), 255, dtype=torch.uint8, device=DEVICE)
+    k_means.codes_of(keys, books, step, many)
+    kernels.append({"codes": few}, keys, keys, (0, 3), kernels.Given(books, step, ready))
+    pq_cache.encode(keys, books, step, None, masker)
+    for codes in (many, few, masker):
+        assert codes.flatten().tolist() == [0, 1, 1]
+
+
 def after(name, change):
     """A ``Direct`` that does ``change`` to the arguments of each launch of the kernel ``name``, once it has run."""
 
