@@ -15,7 +15,7 @@ import time
 import torch
 
 import sah_transformers
-from sah_transformers.bench.step import Way, filled, generate, model_of, rewind
+from sah_transformers.bench.step import GROWING, Way, filled, generate, model_of, rewind
 from sah_transformers.bench.suites import Case
 
 TOKENS = 24
@@ -33,7 +33,7 @@ def main() -> None:
     sparse = kind != "dense"
     if sparse:
         sah_transformers.enable(model, stack)
-    way, (heads, groups, dim) = Way(sparse, compiled=False), sizes[3:6]
+    way, (heads, groups, dim) = Way(sparse, GROWING), sizes[3:6]
     maskers = (sah_transformers.CausalMaskerConfig(),)  # a case has some; the model's are the ones above
     case = Case(suite="", name="", K=cached, B=1, H=heads, G=groups, D=dim, maskers=maskers)
     cache = filled(case, model, way, cached + TOKENS)

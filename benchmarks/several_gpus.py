@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import sah_transformers
 from benchmarks.report import publish
-from sah_transformers.bench.step import Way, measured, model_of
+from sah_transformers.bench.step import GROWING, Way, measured, model_of
 from sah_transformers.bench.suites import Case
 
 WINDOWS = [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}]
@@ -57,7 +57,7 @@ def worker(folder: Path, cached: int, batch: int) -> None:
     for name, stack in STACKS.items():
         if stack:
             sah_transformers.enable(model, stack)
-        step = measured(case, model, Way(sparse=bool(stack), compiled=False), share)
+        step = measured(case, model, Way(bool(stack), GROWING), share)
         found[name] = {**step.to_dict(), "tokens": step.tokens}
         print(f"rank {rank} of {ranks}, {name}: {step.wall_ms:.2f} ms", flush=True)
         if stack:

@@ -6,7 +6,16 @@ Importing the package registers the attention ``"sah"`` and teaches ``from_pretr
 
 from sah_transformers.attention import sparse_attention
 from sah_transformers.config import SparseAttentionConfig
-from sah_transformers.integration import AppendingCache, LayerSupport, Support, disable, enable, install, supported
+from sah_transformers.integration import (
+    AppendingCache,
+    CudaGraphConfig,
+    LayerSupport,
+    Support,
+    disable,
+    enable,
+    install,
+    supported,
+)
 from sah_transformers.kernels.select import top_p_thresholds
 from sah_transformers.mask import Mask
 from sah_transformers.maskers import (
@@ -51,6 +60,7 @@ __all__ = [
     "CausalMasker",
     "CausalMaskerConfig",
     "Context",
+    "CudaGraphConfig",
     "DoubleSparsityTopKMasker",
     "DoubleSparsityTopKMaskerConfig",
     "HashAttentionTopKMasker",

@@ -218,11 +218,11 @@ def test_steps_are_checked_with_the_side_data_that_they_have():
 
 
 def test_on_a_gpu_each_way_has_a_process_of_its_own():
-    from sah_transformers.bench.step import Way, alone
+    from sah_transformers.bench.step import REPLAYED, Way, alone
 
     assert alone("cpu", os.getpid) == os.getpid() != alone("cuda", os.getpid)
     for case in load_suite("step"):
-        assert pickle.loads(pickle.dumps((case, Way(sparse=True, compiled=True))))[0] == case
+        assert pickle.loads(pickle.dumps((case, Way(True, REPLAYED))))[0] == case
 
 
 def test_a_wrong_kernel_fails(monkeypatch):

@@ -26,7 +26,7 @@ from transformers.generation import CompileConfig
 import sah_transformers
 from sah_transformers.bench.check import Checked, CheckFailed
 from sah_transformers.bench.suites import Case
-from sah_transformers.integration.cache import AppendingCache
+from sah_transformers.integration import AppendingCache, CudaGraphConfig
 
 SHORT, STEPS, REPEATS = 4, {"cpu": 2, "cuda": 24}, 3
 """New tokens of the shorter generation, how many more the longer one has, and how often both are timed."""
@@ -44,20 +44,25 @@ PARTS = {
 """What a kernel (on a CPU: an operator) belongs to, by its name. All else is "rest"."""
 
 
+GROWING, REPLAYED, COMPILED = "growing cache", "replayed", "static + compile"
+"""Modes: uncompiled over a cache that grows; uncompiled over a static cache, replayed as a CUDA graph, which is the
+default of sparse models; compiled by Transformers over a static cache, and replayed."""
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to decode: sparse or dense, over a growing cache or a static one with compiled code (CUDA graphs)."""
+    """One way to decode: sparse or dense, and how."""
 
     sparse: bool
-    compiled: bool
+    mode: str
 
     @property
     def name(self) -> str:
         """As in the table."""
-        return f"{'sah' if self.sparse else 'sdpa'}, {'static + compile' if self.compiled else 'growing cache'}"
+        return f"{'sah' if self.sparse else 'sdpa'}, {self.mode}"
 
 
-WAYS = [Way(sparse, compiled) for sparse in (True, False) for compiled in (False, True)]
+WAYS = [Way(True, mode) for mode in (GROWING, REPLAYED, COMPILED)] + [Way(False, mode) for mode in (GROWING, COMPILED)]
 
 
 @dataclass
@@ -219,7 +224,7 @@ def peak(case: Case, model: Any, keys: int) -> tuple[float, float]:
 def filled(case: Case, model: Any, way: Way, most: int, heads: slice = slice(None)) -> Any:
     """A cache of ``K`` random keys and values in every layer; the same for every way and rank."""
     config = model.config
-    if way.compiled:
+    if way.mode != GROWING:
         cache: Any = StaticCache(config=config, max_cache_len=most)
     elif way.sparse:
         cache = AppendingCache(config=config, max_length=most)
@@ -252,7 +257,9 @@ def generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch
     ids = torch.full((case.B, case.K + 1), 3, device=model.device)
     real = attention_mask(case, model.device)
     options: dict[str, Any] = {}
-    if way.compiled and model.device.type == "cpu":
+    if way.mode == REPLAYED:
+        options["compile_config"] = CudaGraphConfig()
+    elif way.mode == COMPILED and model.device.type == "cpu":
         compiling: Any = {"backend": "aot_eager", "mode": None}
         options["compile_config"] = CompileConfig(**compiling)
         options["compile_config"]._compile_all_devices = True
@@ -308,7 +315,7 @@ def check_step(case: Case, device: str, kernel: str) -> Checked:
         CheckFailed: saying how far they are apart.
     """
     model = random_model(case, device)
-    cache = filled(case, model, Way(sparse=True, compiled=False), case.K + 1)
+    cache = filled(case, model, Way(True, GROWING), case.K + 1)
     token = torch.full((case.B, 1), 3, device=model.device)
     given = {"attention_mask": attention_mask(case, device)} if case.padding else {}
     dense = model(token, past_key_values=cache, **given).logits.float()

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, handed_out, is_static, state_of, undo
+from sah_transformers.integration.captured import step_underway
 from sah_transformers.integration.operator import (
     TENSORS,
     attention_operator,
@@ -147,9 +148,10 @@ def sah_attention(
     }
     recorder = module.__dict__.get("_sah_recorder")
     compiling = torch.compiler.is_compiling()
+    step = None if compiling else step_underway()
     if is_causal is False or (plan.dense and recorder is None and not compiling):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
-    if compiling and recorder is None and not output_attentions:
+    if (compiling or step is not None) and recorder is None and not output_attentions:
         if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
             return attend_dense(query, key, value, arguments, False)
         layer = cache_layer(sah_cache, module.layer_idx, held) if plan.keepers else None
@@ -162,6 +164,8 @@ def sah_attention(
                 return attention_operator(query, key, value, *tensors, *numbers, *at), None
             side = (layer.cumulative_length, state.layout, state.memory)
             return attention_with_state_operator(query, key, value, *tensors, *numbers, *at, *side), None
+    if step is not None:
+        step.left(f"no kernel takes layer {module.layer_idx}")
     attend = attend_uncompiled if compiling else attend_or_undo
     return attend(module, plan, query, key, value, held, arguments, sah_cache, bool(output_attentions), recorder)
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
 from sah_transformers.integration.cache import append_in_place
+from sah_transformers.integration.captured import CapturedSteps, CudaGraphConfig, default_cache
 from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
 from sah_transformers.integration.guards import once_per_call
 from sah_transformers.integration.models import attach, check_class, refuse
@@ -117,11 +118,18 @@ def _prepare_cache_for_generation(
     users = generation_config.cache_implementation is not None or getattr(cache, "_is_user_defined", False)
     cache = getattr(cache, "self_attention_cache", cache)
     if type(cache) is DynamicCache and not users and not cache.offloading and _is_sparse(self):
-        append_in_place(cache, max_cache_length)
+        sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        static = default_cache(self, generation_config, generation_mode, sequences, max_cache_length)
+        if static is None:
+            append_in_place(cache, max_cache_length)
+        else:
+            model_kwargs["past_key_values"], generation_config.compile_config = static, CudaGraphConfig()
     return result
 
 
 def _get_compiled_call(original: Callable[..., Any], self: Any, compile_config: Any) -> Any:
+    if isinstance(compile_config, CudaGraphConfig):
+        return CapturedSteps(self)
     if not _is_sparse(self):
         return original(self, compile_config)
     return once_per_call(functools.partial(original, self), self, compile_config or self._default_compile_config())

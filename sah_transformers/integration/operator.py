@@ -8,6 +8,7 @@ the keys, which the operator mutates, with the cache's length as a tensor. What 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sah_transformers.attention import Call, make_call, run
-from sah_transformers.integration.plan import LayerPlan, plan_number
+from sah_transformers.integration.plan import LayerPlan, key_dim, plan_number
 from sah_transformers.kernels import approximate, decode
 from sah_transformers.kernels.append import from_device
+from sah_transformers.maskers import MaskerStack
+from sah_transformers.selections import Estimated, Pages
 from sah_transformers.static_state import CapturedState, StaticState
 
 TENSORS = ("attention_mask", "sinks", "position_bias", "indices")
@@ -195,11 +198,47 @@ def capturable(
     return all(from_device(masker, keys, values, side[masker], contexts[masker]) for masker in side)
 
 
+def could_take(plan: LayerPlan, module: Any, model: Any) -> bool:
+    """Whether the kernels are likely to take steps of a module over a static cache; asked before there is one."""
+    if plan.dense:
+        return True
+    if plan.kernel == "reference":
+        return False
+    heads, dim = getattr(module.config, "num_attention_heads", None), key_dim(module)
+    if not isinstance(heads, int) or dim is None or getattr(module, "v_head_dim", dim) != dim:
+        return False
+    groups = getattr(module.config, "num_key_value_heads", None) or heads
+    if model.device.type not in CAPTURING:
+        return True
+    kind = (heads, groups, dim, dim, model.dtype, model.dtype, model.dtype, str(model.device))
+    if not plan.keepers:
+        return _captured(plan.number, kind, False, (torch.bool, True), None, False, None)
+    if [masker for masker in plan.maskers if masker.needs_state] != list(plan.maskers[-1:]):
+        return False
+    bands = replace(plan, maskers=MaskerStack(), prefill="same")
+    known = isinstance(plan.maskers[-1].described, Pages | Estimated)
+    return known and not _objection(decode.unfit, bands.number, kind, False, (torch.bool, True), None, False, None)
+
+
 @torch.compiler.assume_constant_result
 def _captured(
     plan: int, kind: tuple[Any, ...], several: bool, mask: Any, sinks: Any, is_causal: bool, softcap: float | None
 ) -> bool:
     """Whether the decode kernels, which never wait for the device, take calls of a kind, whatever B, Q and K."""
+    return not _objection(decode.why_not, plan, kind, several, mask, sinks, is_causal, softcap)
+
+
+def _objection(
+    why_not: Callable[[Call], str],
+    plan: int,
+    kind: tuple[Any, ...],
+    several: bool,
+    mask: Any,
+    sinks: Any,
+    is_causal: bool,
+    softcap: float | None,
+) -> str:
+    """What ``why_not`` has against a call of a kind."""
     heads, groups, dim, value_dim, *dtypes, device = kind
     rows, keys = (decode.MOST_QUERIES if several else 1), 2**14 + plan_number(plan).min_keys
     shapes = ((1, heads, rows, dim), (1, groups, keys, dim), (1, groups, keys, value_dim))
@@ -211,4 +250,4 @@ def _captured(
             sinks = torch.empty([heads] if sinks[1] == 1 else [1, heads, 1, 1], dtype=sinks[0])
         arguments: Any = (*tensors, mask, sinks, None, None, is_causal, dim**-0.5, softcap, plan, 0, 0)
         call = _call(None, *arguments)
-        return call.kernel != "reference" and not decode.why_not(call)
+        return "the kernel is 'reference'" if call.kernel == "reference" else why_not(call)

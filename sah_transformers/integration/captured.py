@@ -1,0 +1,238 @@
+"""Decode steps of ``generate()`` as one CUDA graph: captured once per call, then replayed for every token.
+
+An uncompiled step is bound by Python, which takes several times as long to launch a layer as a GPU to run it.
+``torch.compile`` avoids that, but compiles for most of a minute; capturing the uncompiled step costs about one step
+more. So ``generate()`` of a sparse model on a GPU takes a static cache by default, and replays, where that can be
+exact: greedy search or sampling, one device, full attention in every layer, kernels for every sparse one. Elsewhere it
+takes the cache that appends in place. ``disable_compile=True`` has that, too.
+
+A step runs once before it is captured. What it is given is copied to where the graph reads it, logits are copied out.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.generation import CompileConfig, GenerationMode
+from transformers.utils import logging
+
+from sah_transformers.integration.cache_state import carrying
+from sah_transformers.integration.models import attention_modules
+from sah_transformers.integration.operator import could_take
+from sah_transformers.integration.plan import plan_of
+
+logger = logging.get_logger(__name__)
+
+CAPTURED = ("cuda",)
+"""Types of devices on which a ``generate()`` that asks for no cache replays its steps."""
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+MOST_OF_FREE = 0.9
+"""Share of the free memory that a cache may take which holds room for all tokens from the beginning."""
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class CudaGraphConfig(CompileConfig):
+    """For ``generate(compile_config=...)`` with a static cache: decode steps are replayed as a CUDA graph, uncompiled.
+
+    Sparse models do so by default (see the module); dense ones, and caches of your own, when asked. What cannot be
+    captured runs uncompiled, and the log says why.
+    """
+
+    _compile_all_devices: Any = True  # `generate()` asks for the call everywhere; on a CPU it is not replayed
+
+
+class _Underway(threading.local):
+    step: CapturedSteps | None = None
+
+
+_underway = _Underway()
+
+
+def step_underway() -> CapturedSteps | None:
+    """The step that this thread runs to capture it, or None."""
+    return _underway.step
+
+
+class CapturedSteps:
+    """A model's call in ``generate()``: steps of one token are replayed, all else runs as ever.
+
+    Attributes:
+        inputs: what the graph reads, by name; replay: runs it; outputs: what it writes.
+        reason: why steps run uncaptured from now on, or "".
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.inputs: dict[str, Any] | None = None
+        self.replay: Callable[[], None] | None = None
+        self.outputs: Any = None
+        self.reason = "" if model.device.type in CAPTURED else "no such device"
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What ``model(**inputs)`` gives."""
+        if self.reason or not is_step(inputs):
+            return self.model(**inputs)
+        if self.inputs is None:
+            return self._first(inputs)
+        if not self._take(inputs):
+            return self.model(**inputs)
+        if self.replay is None:
+            try:
+                self.replay, self.outputs = capture(self._run, self.stream)
+            except Exception as error:  # what a model does may need the host, or another stream
+                self._leave(f"it cannot be captured: {str(error).strip().splitlines()[0]}")
+                return self.model(**inputs)
+        self.replay()
+        return tree_map(copied, self.outputs)
+
+    def left(self, reason: str) -> None:
+        """A layer says that its call is no part of a graph."""
+        self.reason = self.reason or reason
+
+    def _leave(self, reason: str) -> None:
+        self.reason, self.inputs, self.replay, self.outputs = reason, None, None, None
+        logger.warning_once(f"decode steps are not replayed as a CUDA graph: {reason}")
+
+    def _first(self, inputs: dict[str, Any]) -> Any:
+        """The step before the one that is captured, on the stream where that will be: it prepares what that needs."""
+        self.inputs = tree_map(copied, inputs)
+        outputs = aside(self._run, self.stream)
+        if not all(_plain(value) or value is inputs["past_key_values"] for value in tree_leaves((inputs, outputs))):
+            self.left("the model takes or gives more than tensors and numbers")
+        if self.reason:
+            self._leave(self.reason)
+        return outputs
+
+    def _run(self) -> Any:
+        assert self.inputs is not None
+        _underway.step = self
+        try:
+            return self.model(**self.inputs)
+        finally:
+            _underway.step = None
+
+    def _take(self, inputs: dict[str, Any]) -> bool:
+        """Copy a step's inputs to where the graph reads them; whether they are of its kind."""
+        (new, kind), (held, held_kind) = tree_flatten(inputs), tree_flatten(self.inputs)
+        if kind != held_kind or not all(map(_alike, new, held)):
+            return False
+        for value, own in zip(new, held, strict=True):
+            if isinstance(value, torch.Tensor):
+                own.copy_(value)
+        return True
+
+
+def is_step(inputs: dict[str, Any]) -> bool:
+    """Whether a call reads one token behind those of a static cache that counts on the device alone."""
+    ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+        return False
+    plain = isinstance(cache, StaticCache) and not cache.offloading and all(map(counts_on_device, cache.layers))
+    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled(ids.device.type)
+
+
+def counts_on_device(layer: Any) -> bool:
+    """Whether a cache layer is a plain static one, with side data or without: no rolling window, no Python number."""
+    return type(layer) in (StaticLayer, carrying(StaticLayer))
+
+
+def copied(value: Any) -> Any:
+    """A tensor's copy; anything else as it is."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, *PLAIN))
+
+
+def _alike(value: Any, held: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor):
+        return (value.shape, value.dtype, value.device) == (held.shape, held.dtype, held.device)
+    return value is held or (isinstance(value, PLAIN) and value == held)
+
+
+def aside(run: Callable[[], Any], stream: torch.cuda.Stream | None) -> Any:
+    """``run()`` on another stream, after what the current one did and before what it will do."""
+    if stream is None:
+        return run()
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = run()
+    current.wait_stream(stream)
+    return result
+
+
+def capture(run: Callable[[], Any], stream: torch.cuda.Stream | None) -> tuple[Callable[[], None], Any]:
+    """(what replays ``run()`` on the current stream, the tensors that it writes); nothing is run yet."""
+    assert stream is not None
+    graph = torch.cuda.CUDAGraph()
+    collecting = gc.isenabled()
+    gc.disable()  # what it would free might have to wait for the device
+
+    def run_captured() -> Any:
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            return run()
+        finally:
+            graph.capture_end()
+
+    try:
+        return graph.replay, aside(run_captured, stream)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def default_cache(model: Any, settings: Any, mode: Any, batch: int, length: int) -> StaticCache | None:
+    """The static cache with which a ``generate()`` that asks for none replays its steps, or None.
+
+    Args:
+        settings: the call's ``GenerationConfig``; mode: its ``GenerationMode``.
+        batch: sequences; length: keys of each.
+    """
+    asked = settings.disable_compile or settings.compile_config is not None or settings.return_dict_in_generate
+    if asked or settings.is_assistant or mode not in MODES or not _suits(model):
+        return None
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    if not all(map(counts_on_device, cache.layers)):
+        return None
+    return cache if _fits(model, batch, length) else None
+
+
+def _suits(model: Any) -> bool:
+    """Whether a model's steps are known to be the same work for every token, on one device, by kernels."""
+    whole = len(set((getattr(model, "hf_device_map", None) or {0: 0}).values())) == 1
+    ours = model.device.type in CAPTURED and whole and getattr(model, "hf_quantizer", None) is None
+    if not ours or model.training or not model._can_compile_fullgraph or "forward" in vars(model):
+        return False
+    if model.config.is_encoder_decoder or any(hasattr(one, "device_mesh") for one in model.parameters()):
+        return False
+    return all(
+        module.__dict__.get("_sah_recorder") is None and could_take(plan_of(module), module, model)
+        for _, module in attention_modules(model)
+    )
+
+
+def _fits(model: Any, batch: int, length: int) -> bool:
+    """Whether there is memory for all the keys that may come."""
+    if model.device.type != "cuda":
+        return True
+    config = model.config.get_text_config(decoder=True)
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    free, _ = torch.cuda.mem_get_info(model.device)
+    spare = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    need = 2 * config.num_hidden_layers * batch * groups * length * dim * model.dtype.itemsize
+    return need <= MOST_OF_FREE * (free + spare)

@@ -1,0 +1,215 @@
+"""Decode steps replayed as a graph: what `generate()` decides, copies and gives back, by a stand-in for CUDA's graphs.
+
+The stand-in runs the model at every replay, into the outputs that capturing gave, and reads what the graph would read.
+"""
+
+import copy
+
+import pytest
+import torch
+from method_files import DEFAULTS, fit
+from sparse_models import OTHER_STACK, STACK, generate, left_padded, prompt, sparse
+from transformers import StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import sah_transformers
+from sah_transformers import AppendingCache, CudaGraphConfig
+from sah_transformers.integration import captured
+
+QUEST = [{"type": "sink", "sink_size": 1}, {"type": "quest", "heavy_size": 4, "page_size": 2}]
+MODELS = {
+    "llama": ("LlamaForCausalLM", STACK),
+    "half dense": ("LlamaForCausalLM", {"maskers": STACK, "dense_layers": [0]}),
+    "top-p": ("Qwen3ForCausalLM", OTHER_STACK),
+    "dense prompt": ("LlamaForCausalLM", {"maskers": STACK, "prefill": "dense"}),
+    "min keys": ("LlamaForCausalLM", {"maskers": STACK, "min_keys": 17}),
+    "quest": ("LlamaForCausalLM", QUEST),
+}
+IDS, PADDING = left_padded([prompt(13), prompt(7, seed=1)])
+
+
+class Graphs:
+    """Counts captures and replays; `fault`: raised when capturing."""
+
+    def __init__(self):
+        self.captures, self.replays, self.fault = 0, 0, None
+
+    def capture(self, run, stream):
+        assert stream is None
+        if self.fault is not None:
+            raise self.fault
+        self.captures += 1
+        outputs = CausalLMOutputWithPast()
+
+        def replay():
+            self.replays += 1
+            for name, value in run().items():
+                outputs[name] = value
+
+        return replay, outputs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    graphs = Graphs()
+    monkeypatch.setattr(captured, "capture", graphs.capture)
+    monkeypatch.setattr(captured, "CAPTURED", ("cpu",))
+    return graphs
+
+
+def in_place(model, ids=IDS, padding=PADDING, **options):
+    return generate(model, ids, attention_mask=padding, disable_compile=True, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replayed_steps_change_no_token(graphs, name):
+    kind, config = MODELS[name]
+    model = sparse(config, name=kind)
+    right = in_place(model)
+    assert graphs.replays == 0
+    for ids, padding in ((IDS, PADDING), (IDS[:1], PADDING[:1])):
+        found = generate(model, ids, attention_mask=padding)
+        assert torch.equal(found, right[: len(ids)])
+    assert graphs.captures == 2
+    assert graphs.replays == 2 * 6  # of 8 tokens the prompt gives one, and one step runs before it is captured
+
+
+@pytest.mark.parametrize("gqa", ["head", "group"])
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_side_data_of_replayed_steps(graphs, method, gqa):
+    masker = fit({**DEFAULTS[method], "heavy_size": 0.2, "gqa": gqa}, 4, 2, 16)
+    model = sparse({"maskers": [{"type": "sink", "sink_size": 1}, masker], "prefill": "dense"}, dtype=torch.float32)
+    ids, padding = left_padded([prompt(40), prompt(31, seed=1)])
+    right = in_place(model, ids, padding, new=14)
+    assert torch.equal(generate(model, ids, attention_mask=padding, new=14), right)
+    assert graphs.replays == 12
+
+
+def test_sampling_streams_and_scores_are_as_ever(graphs):
+    model = sparse()
+    torch.manual_seed(3)
+    right = in_place(model, do_sample=True, top_k=20)
+    torch.manual_seed(3)
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING, do_sample=True, top_k=20), right)
+    assert graphs.replays == 6
+
+
+ELSEWHERE = {
+    "told not to": {"disable_compile": True},
+    "the cache is returned": {"return_dict_in_generate": True},
+    "beams": {"num_beams": 2},
+    "another cache": {"cache_implementation": "dynamic"},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_elsewhere_nothing_is_replayed(graphs, name):
+    model, ids = sparse(), prompt(13)
+    found = model.generate(ids, max_new_tokens=6, do_sample=False, **ELSEWHERE[name])
+    assert graphs.captures == graphs.replays == 0
+    if name == "the cache is returned":
+        assert type(found.past_key_values) is AppendingCache
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train(),
+        lambda model: sah_transformers.disable(model),
+        lambda model: setattr(model, "forward", model.forward),
+        lambda model: setattr(model, "hf_device_map", {"": "cpu", "lm_head": "disk"}),
+        lambda model: sah_transformers.enable(model, {"maskers": STACK, "kernel": "reference"}),
+        lambda model: setattr(type(model), "_can_compile_fullgraph", False),
+    ],
+    ids=["training", "dense", "own forward", "spread", "reference", "not one graph"],
+)
+def test_models_that_do_not_suit(graphs, monkeypatch, change):
+    model = sparse()
+    monkeypatch.setattr(type(model), "_can_compile_fullgraph", True)
+    change(model)
+    generate(model, prompt(13))
+    assert graphs.captures == graphs.replays == 0
+
+
+def test_models_with_windows_of_their_own_do_not_suit(graphs):
+    model = sparse(name="Gemma2ForCausalLM", attn="eager")
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), in_place(model))
+    assert graphs.captures == 0
+
+
+def test_recorded_calls_are_not_replayed(graphs):
+    model = sparse()
+    with sah_transformers.record(model) as log:
+        generate(model, prompt(13))
+    assert graphs.captures == 0
+    assert len(log.entries) == 8 * len(model.model.layers)
+
+
+def test_what_cannot_be_captured_goes_on(graphs, caplog):
+    """The step that failed to be captured, and those behind it, run as ever; the log says why, once."""
+    model = sparse(QUEST)
+    right = in_place(model)
+    graphs.fault = RuntimeError("operation not permitted when stream is capturing\nand more")
+    captured.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.replays == 0
+    assert "not replayed as a CUDA graph: it cannot be captured: operation not permitted" in caplog.text
+    assert "and more" not in caplog.text
+
+
+def test_a_layer_without_kernels_is_not_captured(graphs, monkeypatch):
+    from sah_transformers.integration import attention_function
+
+    model = sparse()
+    right = in_place(model)
+    monkeypatch.setattr(attention_function, "takes", lambda *_: False)
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.captures == 0
+
+
+def test_models_that_take_more_are_not_captured(graphs):
+    model = sparse()
+    right = in_place(model)
+    original = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: {**original(*args, **kwargs), "more": object()}
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.captures == 0
+
+
+def test_a_cache_of_ones_own(graphs):
+    """Dense models replay when asked; a second call goes on from where the first ended."""
+    model = sparse(QUEST)
+    ids = prompt(13)
+    right = in_place(model, ids, None, new=12)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    options = {"past_key_values": cache, "compile_config": CudaGraphConfig()}
+    first = generate(model, ids, new=6, **options)
+    so_far = torch.cat([ids, first], dim=1)
+    rest = generate(model, so_far, new=6, **options)
+    assert torch.equal(torch.cat([first, rest], dim=1), right)
+    assert graphs.captures == 2
+    dense = sah_transformers.disable(copy.deepcopy(model))
+    right = generate(dense, ids)
+    assert torch.equal(generate(dense, ids, cache_implementation="static", compile_config=CudaGraphConfig()), right)
+    assert graphs.captures == 3
+
+
+def test_calls_of_another_kind_are_not_replayed(graphs):
+    """A step with other arguments than the captured one runs by itself; several tokens at once do."""
+    model = sparse()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    steps = captured.CapturedSteps(model)
+    ids, other = prompt(5), AppendingCache(config=model.config)
+    with torch.no_grad():
+        steps(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, past_key_values=other)
+        for i, extra in enumerate(({}, {}, {"logits_to_keep": 1}, {})):
+            token = prompt(1, seed=i)
+            seen = torch.arange(40)[None, None, None] <= 5 + i
+            found = steps(input_ids=token, past_key_values=cache, attention_mask=seen, **extra).logits
+            assert torch.allclose(found, model(input_ids=token, past_key_values=other).logits)
+    assert graphs.captures == 1
+    assert graphs.replays == 2
