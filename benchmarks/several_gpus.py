@@ -3,7 +3,9 @@
 python -m benchmarks.several_gpus [ranks] [cached tokens] [batch] [layers]
 
 Sizes as Llama-3.1-8B with random weights; on a CPU a tiny model and gloo. The weights are saved once, into a temporary
-folder (TMPDIR chooses where; 16 GB), from which every rank loads its share. The cache holds random keys.
+folder (TMPDIR chooses where; 16 GB), from which every rank loads its share. The cache holds random keys. Sparse steps
+are replayed as CUDA graphs, dense ones run as Transformers' own. Several devices add in another order than one: where
+their tokens differ first, it is told how far apart the two logits are, and how far those of one device and of several.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import sah_transformers
 from benchmarks.report import publish
-from sah_transformers.bench.step import GROWING, Way, measured, model_of
+from sah_transformers.bench.step import GROWING, REPLAYED, Way, filled, generate, measured, model_of
 from sah_transformers.bench.suites import Case
 
 WINDOWS = [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}]
@@ -33,6 +36,9 @@ STACKS: dict[str, list[dict[str, Any]]] = {
 LARGE = (14336, 128256, 32, 8, 128, "bfloat16")
 SMALL = (64, 64, 4, 2, 16, "float32")
 """Intermediate size, vocabulary, H, G, D, dtype."""
+
+TOKENS, BEST = 28, 8
+"""Tokens that are compared, and how many of the largest logits of each are kept."""
 
 
 def sizes() -> tuple[Any, ...]:
@@ -57,8 +63,11 @@ def worker(folder: Path, cached: int, batch: int) -> None:
     for name, stack in STACKS.items():
         if stack:
             sah_transformers.enable(model, stack)
-        step = measured(case, model, Way(bool(stack), GROWING), share)
-        found[name] = {**step.to_dict(), "tokens": step.tokens}
+        way = Way(True, REPLAYED) if stack else Way(False, GROWING)
+        step = measured(case, model, way, share)
+        best = best_logits(case, model, way, share)
+        found[name] = {**step.to_dict(), "tokens": best["ids"][:, :, 0].tolist()}
+        found[name] |= {"best": {part: tensor.tolist() for part, tensor in best.items()}}
         print(f"rank {rank} of {ranks}, {name}: {step.wall_ms:.2f} ms", flush=True)
         if stack:
             sah_transformers.disable(model)
@@ -67,6 +76,33 @@ def worker(folder: Path, cached: int, batch: int) -> None:
     (folder / f"{rank}of{ranks}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def best_logits(case: Case, model: Any, way: Way, share: slice) -> dict[str, torch.Tensor]:
+    """The largest logits of each new token, and whose they are: ``[B, TOKENS, BEST]``."""
+    cache = filled(case, model, way, case.K + TOKENS, share)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    logits = torch.stack(generate(case, model, cache, way, TOKENS, **options).logits, dim=1)
+    values, ids = logits.float().topk(BEST)
+    return {"values": values.cpu(), "ids": ids.cpu()}
+
+
+def first_differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of each sequence whose tokens differ: (how far apart the two tokens' logits are on one device where they first
+    do, how far logits of the same tokens are apart between one device and several until then)."""
+    found = []
+    for values, ids, others, other_ids in zip(
+        *(one["best"][part] for part in ("values", "ids")), *(other["best"][part] for part in ("values", "ids")),
+        strict=True,
+    ):  # fmt: skip
+        off = 0.0
+        for logits, tokens, their, their_tokens in zip(values, ids, others, other_ids, strict=True):
+            here, there = dict(zip(tokens, logits, strict=True)), dict(zip(their_tokens, their, strict=True))
+            off = max([off, *(abs(here[token] - there[token]) for token in here.keys() & there.keys())])
+            if tokens[0] != their_tokens[0]:
+                found.append((logits[0] - here.get(their_tokens[0], logits[-1]), off))
+                break
+    return found
 
 
 def launch(folder: Path, ranks: int, cached: int, batch: int) -> list[dict[str, Any]]:
@@ -99,10 +135,13 @@ def main() -> None:
     for stack, alone in one.items():
         together = [rank[stack] for rank in several]
         between = all(step["tokens"] == together[0]["tokens"] for step in together)
-        same = sum(a == b for a, b in zip(alone["tokens"], together[0]["tokens"], strict=True))
+        pairs = list(zip(*(chain.from_iterable(step["tokens"]) for step in (alone, together[0])), strict=True))
+        same = sum(a == b for a, b in pairs)
+        differences = first_differences(alone, together[0])
         wall = max(step["wall_ms"] for step in together)
         data[stack] = {
-            "ranks_agree": between, "tokens_as_alone": same, "tokens": len(alone["tokens"]),
+            "ranks_agree": between, "tokens_as_alone": same, "tokens": len(pairs),
+            "first_differences": differences,
             "alone_ms": alone["wall_ms"], "wall_ms": wall, "alone_gpu_ms": alone["gpu_ms"],
             "gpu_ms": max(step["gpu_ms"] for step in together),
             "share_of_ideal": round(alone["wall_ms"] / (ranks * wall), 3),
@@ -110,10 +149,11 @@ def main() -> None:
         found = data[stack]
         rows.append([
             stack, f"{alone['wall_ms']:.2f}", f"{wall:.2f}", f"{found['alone_gpu_ms']:.2f}", f"{found['gpu_ms']:.2f}",
-            f"{found['share_of_ideal']:.2f}", "yes" if between else "NO", f"{same} of {len(alone['tokens'])}",
+            f"{found['share_of_ideal']:.2f}", "yes" if between else "NO", f"{same} of {len(pairs)}",
+            "; ".join(f"{gap:.3g} ({off:.3g})" for gap, off in differences) or "none",
         ])  # fmt: skip
     columns = ["stack", "wall, 1 (ms)", f"wall, {ranks}", "device, 1", f"device, {ranks}", "of ideal", "ranks agree"]
-    columns.append("tokens as alone")
+    columns += ["tokens as alone", "first differences: logits apart (1 or several)"]
     shape = {"ranks": ranks, "cached": cached, "batch": batch, "layers": layers}
     publish(f"a decode step on {ranks} devices", columns, rows, {**shape, "stacks": data})
 

@@ -131,6 +131,7 @@ def check(call):
 
 BASE = [sink(), local()]
 STACKS = {
+    "all": [],
     "sink local": BASE,
     "window of a share": [local(0.3)],
     "top k": [*BASE, top_k()],
@@ -211,7 +212,7 @@ def left_padding(K, *padded):
 
 
 @kernel_test
-@pytest.mark.parametrize("stack", ["sink local", *SCORED])
+@pytest.mark.parametrize("stack", ["all", "sink local", *SCORED])
 def test_left_padding(stack):
     """A padded sequence has the result of the sequence alone; padding holds nothing that counts."""
     q, k, v = tensors(B=3, H=2, G=1, K=150)
@@ -233,6 +234,7 @@ def test_masks():
     used = torch.ones(3, 100, dtype=torch.bool, device=DEVICE).tril(57).expand(2, 1, 3, 100)
     check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=used, is_causal=False))
     check(call_of([sink(3), local(4)], q, k, v, attention_mask=holes))
+    check(call_of([], q, k, v, attention_mask=holes, is_causal=False))
     check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=holes, min_keys=61))
 
 
@@ -286,7 +288,6 @@ def test_why_not():
         why_not(call_of([{"type": "causal"}], q, k, v)),
         why_not(call_of([top_p(0.9, gqa="group")], q, k, v)),
         why_not(call_of([top_p(1.0)], q, k, v)),
-        why_not(call_of([], q, k, v)),
         why_not(call_of(stack, q, k.mT.contiguous().mT, v)),
     ]
     assert all(reasons), reasons

@@ -1,5 +1,6 @@
 """On CUDA devices: the cache that appends in place, CUDA graphs over a static cache, models spread over two devices."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import sah_transformers
 from sah_transformers import AppendingCache
 from sah_transformers.attention import make_call, run
+from sah_transformers.integration import captured as captured_steps
 from sah_transformers.integration.attention_function import sah_attention
 from sah_transformers.integration.operator import attention_with_state_operator
 from sah_transformers.integration.plan import plan_of
@@ -55,7 +57,117 @@ def tokens(model, inputs, new=24, **options):
 def test_the_growing_cache_changes_no_token(stack, padded):
     model = sah_transformers.enable(model_of(), stack)
     inputs = prompts(padded)
-    assert torch.equal(tokens(model, inputs), tokens(model, inputs, cache_implementation="dynamic"))
+    found = tokens(model, inputs, disable_compile=True)
+    assert torch.equal(found, tokens(model, inputs, cache_implementation="dynamic"))
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """How often steps were captured."""
+    counted, original = [], captured_steps.capture
+
+    def capture(run, stream):
+        result = original(run, stream)
+        counted.append(result)
+        return result
+
+    monkeypatch.setattr(captured_steps, "capture", capture)
+    return counted
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", [*STACKS.values(), QUEST], ids=[*STACKS, "quest"])
+def test_replayed_steps_change_no_token(stack, padded, captures):
+    """As `generate()` does by itself; for a second prompt a step is captured anew."""
+    model = sah_transformers.enable(model_of(), stack)
+    inputs = prompts(padded)
+    right = tokens(model, inputs, disable_compile=True)
+    assert not captures
+    assert torch.equal(tokens(model, inputs), right)
+    assert torch.equal(tokens(model, inputs), right)
+    assert len(captures) == 2
+    one = {name: given[1:] for name, given in inputs.items()}
+    assert torch.equal(tokens(model, one), right[1:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["replayed", "compiled"])
+def test_dense_layers_over_long_buffers_are_left_to_the_kernels(options, padded, monkeypatch):
+    from sah_transformers.integration import attention_function
+
+    torch.compiler.reset()
+    model = sah_transformers.enable(model_of(), {"maskers": STACKS["top-k"], "dense_layers": [0, -1]})
+    inputs = prompts(padded)
+    right = tokens(model, inputs, disable_compile=True)
+    assert torch.equal(tokens(model, inputs, **options), right)
+    torch.compiler.reset()
+    monkeypatch.setattr(attention_function, "LONG_BUFFER", 1)
+    assert torch.equal(tokens(model, inputs, **options), right)
+
+
+@pytest.mark.parametrize("gqa", ["head", "group"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_side_data_of_replayed_steps_change_no_token(method, padded, gqa, captures):
+    masker = fit({**DEFAULTS[method], "heavy_size": 0.1, "gqa": gqa}, 4, 2, 64)
+    masker |= {"pq_bits": 4} if method == "pq_cache" else {}
+    config = {"maskers": [*WINDOWS, masker], "prefill": "dense", "kernel": "triton"}
+    model = sah_transformers.enable(model_of(layers=2), config)
+    inputs = prompts(padded)
+    assert torch.equal(tokens(model, inputs), tokens(model, inputs, disable_compile=True))
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_replayed_steps_sample_the_same(dtype, captures):
+    model = sah_transformers.enable(model_of(dtype), STACKS["top-k"])
+    inputs = prompts(True)
+    found = []
+    for options in ({"disable_compile": True}, {}):
+        torch.manual_seed(0)
+        found.append(model.generate(**inputs, max_new_tokens=24, do_sample=True, top_k=5, temperature=0.5, **options))
+    assert torch.equal(*found)
+    assert len(captures) == 1
+
+
+def test_a_model_that_asks_the_host_is_not_replayed(captures, caplog):
+    """A step that cannot be captured runs as ever, and what is captured afterwards is sound."""
+    model = sah_transformers.enable(model_of(), QUEST)
+    inputs = prompts(True)
+    right = tokens(model, inputs, disable_compile=True)
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(lambda module, given, out: seen.append(out[0].sum().item()))
+    captured_steps.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert torch.equal(tokens(model, inputs), right)
+    assert "it cannot be captured" in caplog.text
+    assert not captures
+    hook.remove()
+    assert torch.equal(tokens(model, inputs), right)
+    assert len(captures) == 1
+    assert torch.equal(torch.ones(3, device="cuda").cumsum(0), torch.arange(1.0, 4, device="cuda"))
+
+
+def test_dense_models_are_replayed_when_asked(captures):
+    model, inputs = model_of(), prompts(True)
+    right = tokens(model, inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(
+        tokens(model, inputs, cache_implementation="static", compile_config=sah_transformers.CudaGraphConfig()), right
+    )
+    assert len(captures) == 1
+
+
+def test_memory_of_replayed_steps_is_given_back(captures):
+    model, inputs = sah_transformers.enable(model_of(), QUEST), prompts(False)
+    tokens(model, inputs)
+    captures.clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        tokens(model, inputs)
+        captures.clear()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
 
 
 @pytest.mark.parametrize("padded", [False, True])

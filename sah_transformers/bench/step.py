@@ -193,7 +193,7 @@ def measured(case: Case, model: Any, way: Way, heads: slice = slice(None)) -> St
     cache = filled(case, model, way, case.K + SHORT + more, heads)
 
     def decode(tokens: int) -> torch.Tensor:
-        found = generate(case, model, cache, way, tokens)
+        found = generate(case, model, cache, way, tokens)[:, case.K + 1 :]
         rewind(cache, case.K)
         return found
 
@@ -252,26 +252,18 @@ def rewind(cache: Any, length: int) -> None:
             layer.crop(length - layer.get_seq_length())
 
 
-def generate(case: Case, model: Any, cache: Any, way: Way, tokens: int) -> torch.Tensor:
-    """So many ``tokens [B, n]`` behind the cached keys."""
+def generate(case: Case, model: Any, cache: Any, way: Way, tokens: int, **options: Any) -> Any:
+    """What ``generate()`` returns of so many new tokens behind the cached keys; ``options`` are further ones."""
     ids = torch.full((case.B, case.K + 1), 3, device=model.device)
     real = attention_mask(case, model.device)
-    options: dict[str, Any] = {}
     if way.mode == REPLAYED:
         options["compile_config"] = CudaGraphConfig()
     elif way.mode == COMPILED and model.device.type == "cpu":
         compiling: Any = {"backend": "aot_eager", "mode": None}
         options["compile_config"] = CompileConfig(**compiling)
         options["compile_config"]._compile_all_devices = True
-    out = model.generate(
-        ids,
-        attention_mask=real,
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        do_sample=False,
-        **options,
-    )
-    return out[:, case.K + 1 :]
+    given = {"attention_mask": real, "past_key_values": cache, "max_new_tokens": tokens, "do_sample": False}
+    return model.generate(ids, **given, **options)
 
 
 def attention_mask(case: Case, device: Any) -> torch.Tensor:

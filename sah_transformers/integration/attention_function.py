@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 
 BEYOND_SDPA = ("softcap", "sinks", "position_bias", "indices")
 
+LONG_BUFFER = 4096
+"""Keys of a static cache from which on dense layers of compiled or captured steps are left to the kernels."""
+
 LONG_PREFILL = 16_384
 """A sparse prefill of more keys than this, on a path without a kernel, is announced with an estimate."""
 
@@ -149,10 +152,12 @@ def sah_attention(
     recorder = module.__dict__.get("_sah_recorder")
     compiling = torch.compiler.is_compiling()
     step = None if compiling else step_underway()
-    if is_causal is False or (plan.dense and recorder is None and not compiling):
+    in_graph = compiling or step is not None
+    if is_causal is False or (plan.dense and recorder is None and not in_graph):
         return attend_dense(query, key, value, arguments, bool(output_attentions))
-    if (compiling or step is not None) and recorder is None and not output_attentions:
-        if plan.dense and all(arguments[name] is None for name in BEYOND_SDPA):
+    if in_graph and recorder is None and not output_attentions:
+        plain = all(arguments[name] is None for name in BEYOND_SDPA)
+        if plan.dense and plain and not slow_with_mask(query, key, attention_mask):
             return attend_dense(query, key, value, arguments, False)
         layer = cache_layer(sah_cache, module.layer_idx, held) if plan.keepers else None
         state = handed_out(layer, plan.number)
@@ -175,6 +180,13 @@ def _prompt(mask: torch.Tensor | None, key: torch.Tensor) -> int | None:
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, 1):
         return None
     return mask.shape[3] if mask.shape[3] < key.shape[2] else None
+
+
+def slow_with_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether SDPA, which does not split the keys of one query where there is a mask, takes several times as long as
+    the kernel for windows does over all keys."""
+    masked = mask is not None and mask.dtype == torch.bool
+    return masked and query.device.type == "cuda" and query.shape[2] == 1 and key.shape[2] >= LONG_BUFFER
 
 
 def attend_dense(

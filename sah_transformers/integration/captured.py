@@ -51,16 +51,28 @@ class CudaGraphConfig(CompileConfig):
     _compile_all_devices: Any = True  # `generate()` asks for the call everywhere; on a CPU it is not replayed
 
 
-class _Underway(threading.local):
+class _Thread(threading.local):
+    """What belongs to one thread: the step that it runs, and streams by device, as each gets memory of cuBLAS's."""
+
     step: CapturedSteps | None = None
 
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
-_underway = _Underway()
+
+_thread = _Thread()
 
 
 def step_underway() -> CapturedSteps | None:
     """The step that this thread runs to capture it, or None."""
-    return _underway.step
+    return _thread.step
+
+
+def stream_on(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream on which this thread captures."""
+    if device.type == "cuda" and device not in _thread.streams:
+        _thread.streams[device] = torch.cuda.Stream(device)
+    return _thread.streams.get(device)
 
 
 class CapturedSteps:
@@ -77,7 +89,7 @@ class CapturedSteps:
         self.replay: Callable[[], None] | None = None
         self.outputs: Any = None
         self.reason = "" if model.device.type in CAPTURED else "no such device"
-        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self.stream = stream_on(model.device)
 
     def __call__(self, **inputs: Any) -> Any:
         """What ``model(**inputs)`` gives."""
@@ -116,11 +128,11 @@ class CapturedSteps:
 
     def _run(self) -> Any:
         assert self.inputs is not None
-        _underway.step = self
+        _thread.step = self
         try:
             return self.model(**self.inputs)
         finally:
-            _underway.step = None
+            _thread.step = None
 
     def _take(self, inputs: dict[str, Any]) -> bool:
         """Copy a step's inputs to where the graph reads them; whether they are of its kind."""

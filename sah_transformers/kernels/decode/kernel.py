@@ -279,7 +279,8 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
     groups, keys, value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
     most = min(keys, sum(max(n, int(keys * share)) for n, share in (x.stack.first, x.stack.last)) + rows)
     tiles = -(-heads // groups * rows // plan.bm)
-    splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), t.band_programs // max(1, batch * groups * tiles)))
+    programs = t.band_programs if most < t.long_band else t.long_band_programs
+    splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), programs // max(1, batch * groups * tiles)))
     parts = batch * heads * rows * splits
     layout = plan.layout(lambda: {
         **limit_sizes(x, plan), "sums": (parts * value_dim, torch.float32),

@@ -16,6 +16,7 @@ Size = tuple[int, float]
 """A budget as the kernels compute it: ``max(number, int(n * share))`` keys, at most ``n``."""
 
 NO_KEYS: Size = (0, 0.0)
+ALL_KEYS: Size = (0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def bits_of(share: float) -> int:
 
 
 def read_stack(selections: Iterable[Selection | None], group_size: int) -> Stack | str:
-    """The stack that ``selections`` describe, or the reason why the decode kernels cannot realise it."""
-    first, last = NO_KEYS, NO_KEYS
+    """The stack that ``selections`` describe (none: all keys), or why the decode kernels cannot realise it."""
+    first, last, empty = NO_KEYS, NO_KEYS, True
     scored: Best | Mass | None = None
     for selection in selections:
+        empty = False
         if scored is not None:
             return "a masker follows one that selects by score"
         if isinstance(selection, First):
@@ -79,6 +81,6 @@ def read_stack(selections: Iterable[Selection | None], group_size: int) -> Stack
         if not 1e-3 <= scored.top_p < 1.0:
             return f"top_p is {scored.top_p!r}, outside [0.001, 1)"
         return Stack(first, last, "mass", NO_KEYS, scored.top_p, scored.total)
-    if first == NO_KEYS and last == NO_KEYS:
-        return "the stack is empty"
-    return Stack(first, last)
+    if first == last == NO_KEYS and not empty:
+        return "the windows are empty"
+    return Stack(ALL_KEYS if empty else first, last)

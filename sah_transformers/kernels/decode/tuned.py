@@ -19,7 +19,8 @@ class Tuning:
             programs to aim for, registers per thread at most.
         stream_tile, stream_warps, stream_stages: keys per tile where all values are read.
         parts, combine_warps: partial sums added at once.
-        band_tile, band_programs, band_warps: keys per tile and programs to aim for of the bands.
+        band_tile, band_programs, band_warps: keys per tile and programs to aim for of the bands; long_band,
+            long_band_programs: the same of at least so many keys.
     """
 
     tile: int = 128
@@ -47,6 +48,8 @@ class Tuning:
     combine_warps: int = 4
     band_tile: int = 64
     band_programs: int = 128
+    long_band: int = 8192
+    long_band_programs: int = 1024
     band_warps: int = 4
 
 
