@@ -10,6 +10,7 @@ their tokens differ first, it is told how far apart the two logits are, and how 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -65,17 +66,24 @@ def worker(folder: Path, cached: int, batch: int) -> None:
             sah_transformers.enable(model, stack)
         way = Way(True, REPLAYED) if stack else Way(False, GROWING)
         step = measured(case, model, way, share)
+        free(device)
         best = best_logits(case, model, way, share)
         found[name] = {**step.to_dict(), "tokens": best["ids"][:, :, 0].tolist()}
         found[name] |= {"best": {part: tensor.tolist() for part, tensor in best.items()}}
         print(f"rank {rank} of {ranks}, {name}: {step.wall_ms:.2f} ms", flush=True)
         if stack:
             sah_transformers.disable(model)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free(device)
     (folder / f"{rank}of{ranks}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def free(device: str) -> None:
+    """Have the caches of earlier steps gone."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def best_logits(case: Case, model: Any, way: Way, share: slice) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 BEYOND_SDPA = ("softcap", "sinks", "position_bias", "indices")
 
-LONG_BUFFER = 4096
+LONG_BUFFER = 1024
 """Keys of a static cache from which on dense layers of compiled or captured steps are left to the kernels."""
 
 LONG_PREFILL = 16_384

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -228,6 +229,7 @@ def _captured(
     return not _objection(decode.why_not, plan, kind, several, mask, sinks, is_causal, softcap)
 
 
+@lru_cache(maxsize=256)
 def _objection(
     why_not: Callable[[Call], str],
     plan: int,

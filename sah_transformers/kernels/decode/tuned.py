@@ -49,7 +49,7 @@ class Tuning:
     band_tile: int = 64
     band_programs: int = 128
     long_band: int = 8192
-    long_band_programs: int = 1024
+    long_band_programs: int = 256
     band_warps: int = 4
 
 
