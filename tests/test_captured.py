@@ -170,6 +170,21 @@ def test_a_layer_without_kernels_is_not_captured(graphs, monkeypatch):
     assert graphs.captures == 0
 
 
+def test_layers_that_are_ready_later_are_captured_then(graphs, monkeypatch):
+    from sah_transformers.integration import attention_function
+
+    model = sparse(QUEST)
+    right, original, calls = in_place(model), attention_function.takes, []
+
+    def takes(plan, *rest):
+        calls.append(plan)
+        return len(calls) > 3 * len(model.model.layers) and original(plan, *rest)
+
+    monkeypatch.setattr(attention_function, "takes", takes)
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert (graphs.captures, graphs.replays) == (1, 3)
+
+
 def test_models_that_take_more_are_not_captured(graphs):
     model = sparse()
     right = in_place(model)

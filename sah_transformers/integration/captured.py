@@ -3,8 +3,8 @@
 An uncompiled step is bound by Python, which takes several times as long to launch a layer as a GPU to run it.
 ``torch.compile`` avoids that, but compiles for most of a minute; capturing the uncompiled step costs about one step
 more. So ``generate()`` of a sparse model on a GPU takes a static cache by default, and replays, where that can be
-exact: greedy search or sampling, one device, full attention in every layer, kernels for every sparse one. Elsewhere it
-takes the cache that appends in place. ``disable_compile=True`` has that, too.
+exact: greedy search or sampling, a model on one device or sharded over ranks, full attention in every layer, kernels
+for every sparse one. Elsewhere it takes the cache that appends in place; with ``disable_compile=True``, everywhere.
 
 A step runs once before it is captured. What it is given is copied to where the graph reads it, logits are copied out.
 """
@@ -80,7 +80,7 @@ class CapturedSteps:
 
     Attributes:
         inputs: what the graph reads, by name; replay: runs it; outputs: what it writes.
-        reason: why steps run uncaptured from now on, or "".
+        refused: why the last step that was run cannot be captured, or ""; reason: why none is to be from now on.
     """
 
     def __init__(self, model: Any):
@@ -88,6 +88,7 @@ class CapturedSteps:
         self.inputs: dict[str, Any] | None = None
         self.replay: Callable[[], None] | None = None
         self.outputs: Any = None
+        self.refused = ""
         self.reason = "" if model.device.type in CAPTURED else "no such device"
         self.stream = stream_on(model.device)
 
@@ -109,8 +110,8 @@ class CapturedSteps:
         return tree_map(copied, self.outputs)
 
     def left(self, reason: str) -> None:
-        """A layer says that its call is no part of a graph."""
-        self.reason = self.reason or reason
+        """A layer says that its call is no part of a graph, for now: it may lack keys for its codebooks."""
+        self.refused = reason
 
     def _leave(self, reason: str) -> None:
         self.reason, self.inputs, self.replay, self.outputs = reason, None, None, None
@@ -121,14 +122,15 @@ class CapturedSteps:
         self.inputs = tree_map(copied, inputs)
         outputs = aside(self._run, self.stream)
         if not all(_plain(value) or value is inputs["past_key_values"] for value in tree_leaves((inputs, outputs))):
-            self.left("the model takes or gives more than tensors and numbers")
-        if self.reason:
-            self._leave(self.reason)
+            self._leave("the model takes or gives more than tensors and numbers")
+        elif self.refused:
+            logger.warning_once(f"some decode steps are not replayed as a CUDA graph: {self.refused}")
+            self.inputs = None  # the next one is a first one again
         return outputs
 
     def _run(self) -> Any:
         assert self.inputs is not None
-        _thread.step = self
+        _thread.step, self.refused = self, ""
         try:
             return self.model(**self.inputs)
         finally:
@@ -224,27 +226,29 @@ def default_cache(model: Any, settings: Any, mode: Any, batch: int, length: int)
 
 
 def _suits(model: Any) -> bool:
-    """Whether a model's steps are known to be the same work for every token, on one device, by kernels."""
+    """Whether a model's steps are the same work for every token, on one device (of each rank), by kernels."""
     whole = len(set((getattr(model, "hf_device_map", None) or {0: 0}).values())) == 1
     ours = model.device.type in CAPTURED and whole and getattr(model, "hf_quantizer", None) is None
     if not ours or model.training or not model._can_compile_fullgraph or "forward" in vars(model):
         return False
-    if model.config.is_encoder_decoder or any(hasattr(one, "device_mesh") for one in model.parameters()):
-        return False
-    return all(
+    return not model.config.is_encoder_decoder and all(
         module.__dict__.get("_sah_recorder") is None and could_take(plan_of(module), module, model)
         for _, module in attention_modules(model)
     )
 
 
 def _fits(model: Any, batch: int, length: int) -> bool:
-    """Whether there is memory for all the keys that may come."""
+    """Whether there is memory for all the keys that may come; ranks that share a model all say the same."""
     if model.device.type != "cuda":
         return True
     config = model.config.get_text_config(decoder=True)
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    free, _ = torch.cuda.mem_get_info(model.device)
-    spare = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     need = 2 * config.num_hidden_layers * batch * groups * length * dim * model.dtype.itemsize
-    return need <= MOST_OF_FREE * (free + spare)
+    free, total = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    meshes = [one.device_mesh for one in model.parameters() if hasattr(one, "device_mesh")]
+    if meshes:
+        shares = (one.to_local() if hasattr(one, "to_local") else one for one in model.parameters())
+        need, free = need // meshes[0].size(), total - sum(share.nbytes for share in shares)
+    return need <= MOST_OF_FREE * free
