@@ -41,8 +41,8 @@ def sah_mask(
 ) -> Any:
     """The mask that ``sah_attention`` gets: boolean, or None only where plain causal order is meant.
 
-    A prompt of n tokens in an empty static cache gets ``[1, 1, 1, n]``: causal order within the first n keys, the rest
-    being the buffer's empty tail. A whole mask of a long prompt would not fit into memory.
+    A prompt, or a piece of one, up to the n-th token of a static cache gets ``[1, 1, 1, n]``: causal order within the
+    first n keys, the rest being the buffer's empty tail. A whole mask of a long prompt would not fit into memory.
     """
     model_type = getattr(config, "model_type", None)
     if model_type == "deepseek_v4":  # adds float biases to the mask
@@ -51,6 +51,10 @@ def sah_mask(
         return mask_of_step(kv_length=kv_length, **kwargs)
     if model_type == "doge" and q_length not in (1, kv_length):  # adds its own mask to a None
         allow_is_causal_skip = False
+    if allow_is_causal_skip and q_length > 1 and is_plain(**kwargs) and not torch.compiler.is_compiling():
+        end = int(kwargs.get("q_offset", 0)) + q_length
+        if end <= kv_length and unpadded(end, **kwargs):
+            return None if end == kv_length else torch.ones(1, 1, 1, end, dtype=torch.bool, device=kwargs["device"])
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
@@ -68,6 +72,11 @@ def is_plain(
 ) -> bool:
     """Whether a mask is causal order and padding, over all keys of a cache."""
     return mask_function is causal_mask_function and isinstance(kv_offset, int) and kv_offset == 0 and not use_vmap
+
+
+def unpadded(keys: int, *, attention_mask: torch.Tensor | None = None, **_: Any) -> bool:
+    """Whether all of the first ``keys`` are real tokens."""
+    return attention_mask is None or (attention_mask.shape[-1] >= keys and bool(attention_mask[..., :keys].all()))
 
 
 def mask_of_step(
