@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from sah_transformers.attention import Call, make_call, run
 from sah_transformers.integration.plan import LayerPlan, key_dim, plan_number
 from sah_transformers.kernels import approximate, decode
 from sah_transformers.kernels.append import from_device
-from sah_transformers.maskers import MaskerStack
 from sah_transformers.selections import Estimated, Pages
 from sah_transformers.static_state import CapturedState, StaticState
 
@@ -216,9 +215,14 @@ def could_take(plan: LayerPlan, module: Any, model: Any) -> bool:
         return _captured(plan.number, kind, False, (torch.bool, True), None, False, None)
     if [masker for masker in plan.maskers if masker.needs_state] != list(plan.maskers[-1:]):
         return False
-    bands = replace(plan, maskers=MaskerStack(), prefill="same")
-    known = isinstance(plan.maskers[-1].described, Pages | Estimated)
-    return known and not _objection(decode.unfit, bands.number, kind, False, (torch.bool, True), None, False, None)
+    known, number = isinstance(plan.maskers[-1].described, Pages | Estimated), _of_all_keys(plan.kernel).number
+    return known and not _objection(decode.unfit, number, kind, False, (torch.bool, True), None, False, None)
+
+
+@cache
+def _of_all_keys(kernel: str) -> LayerPlan:
+    """A plan that leaves nothing out."""
+    return LayerPlan(None, kernel=kernel)
 
 
 @torch.compiler.assume_constant_result
