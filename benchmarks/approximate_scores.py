@@ -106,7 +106,7 @@ def call_of(case: Case, tile: Tile, summed: bool, tally: str, truth: torch.Tenso
     return Scoring(
         case.q, case.k, keys, chunks * tile.span, case.q, (0, 0, 0), torch.empty(1, **i32), lines,
         torch.empty(rows, chunks * tile.span, **f32), torch.zeros(rows, BINS, **i32), torch.empty(rows, chunks, **f32),
-        torch.empty(rows, chunks, **i32), torch.empty(2, rows, chunks, **f32), case.ctx.scaling, (128, 0, 128, 0), True,
+        torch.empty(rows, chunks, **i32), torch.empty(rows, chunks, **f32), case.ctx.scaling, (128, 0, 128, 0), True,
         False, tally == "masses", BINS if tally == "bins" else 0, summed,
     )  # fmt: skip
 

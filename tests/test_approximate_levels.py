@@ -87,12 +87,11 @@ def levelled(scores, budget, line=None, softmax=False, bins=16, logarithmic=Fals
     x = Rows(scores, budget)
     rows = 1 if softmax else x.heads
     x.counted(rows, bins, error > 0)
-    stats = torch.full((3, x.heads), float("nan"), device=DEVICE)
+    stats = torch.full((2, x.heads), float("nan"), device=DEVICE)
     ranking = torch.full((rows, x.stride), float("nan"), device=DEVICE) if softmax else x.scores
     peaks = x.scores.view(x.heads, x.chunks, CHUNK).amax(-1)
-    masses = torch.zeros(2, x.heads, x.chunks, device=DEVICE)
     base = peaks.clamp(min=-1e30)[..., None]
-    masses[0] = (x.scores.view(x.heads, x.chunks, CHUNK) - base).exp().sum(-1)
+    masses = (x.scores.view(x.heads, x.chunks, CHUNK) - base).exp().sum(-1)
     lines, limits = torch.full((3, rows), float("nan"), device=DEVICE), empty(1)
     kinds = {"H": x.heads, "G": 1 if softmax else x.heads, "Q": 1, "CAUSAL": True, "MASKED": False, "SOFTMAX": softmax}
     kinds["LOGARITHMIC"] = softmax or logarithmic

@@ -238,6 +238,49 @@ def test_masks():
     check(call_of([sink(3), local(4), top_k(5)], q, k, v, attention_mask=holes, min_keys=61))
 
 
+def holes(B, Q, K):
+    """``[B, 1, Q, K]``, where the first row of the last sequence sees nothing."""
+    seen = torch.rand(B, 1, Q, K, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    seen[-1, :, 0] = False
+    return seen
+
+
+def used(Q, K, free=40):
+    """``[1, 1, Q, K]`` of a static cache: the last ``free`` places are empty, each row sees the keys up to its own."""
+    return torch.ones(Q, K, dtype=torch.bool, device=DEVICE).tril(K - free - Q)[None, None]
+
+
+MASKS = {
+    "left padding": lambda Q, K: {"attention_mask": left_padding(K, 0, 61)},
+    "the same padding": lambda Q, K: {"attention_mask": left_padding(K, 61)},
+    "static cache": lambda Q, K: {"attention_mask": used(Q, K), "is_causal": False},
+    "one row for all": lambda Q, K: {"attention_mask": used(1, K), "is_causal": False},
+    "holes": lambda Q, K: {"attention_mask": holes(2, Q, K), "is_causal": False},
+    "holes, causal": lambda Q, K: {"attention_mask": holes(2, Q, K)},
+    "some rows dense": lambda Q, K: {"attention_mask": holes(2, Q, K), "is_causal": False, "min_keys": K * 6 // 10},
+}
+
+
+@kernel_test
+@pytest.mark.parametrize(("rows", "groups"), [(1, 2), (2, 1), (5, 1)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_of_groups(mask, rows, groups):
+    """The rows' limits, found in the launch that scores, whatever they see."""
+    if not GPU and rows > 1 and mask not in ("left padding", "one row for all", "some rows dense"):
+        pytest.skip("on a GPU only: the interpreter is slow")
+    q, k, v = tensors(B=2, H=2 * groups, G=groups, Q=rows, K=110, D=16)
+    check(call_of(STACKS["group"], q, k, v, **MASKS[mask](rows, 110)))
+
+
+@kernel_test
+def test_long_masks_of_groups():
+    """Several segments of a mask, of which some hold nothing that a row sees, more than are counted at once."""
+    seen = holes(1, 2, 9300)
+    seen[..., 1, :2100], seen[..., 1, -1500:] = False, False
+    stack = [sink(1500), local(0.2), top_k(0.05, gqa="group")]
+    check(call_of(stack, *tensors(H=2, G=1, Q=2, K=9300, D=16), attention_mask=seen, is_causal=False))
+
+
 @kernel_test
 @pytest.mark.parametrize("stack", ["sink local", *SCORED])
 def test_softcap_and_sinks(stack):

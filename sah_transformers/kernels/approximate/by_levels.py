@@ -98,7 +98,7 @@ def attend_by_levels(work: Work) -> None:
     scored = 0 if n.whole else work.selections if scoring.summed else work.all_rows
     s = work.scratch(lambda: {
         "scores": (scored * n.stride, F32), "peaked": (scored * n.pieces, F32),
-        "masses": (2 * scored * n.pieces if grouped else 1, F32), "stats": (3 * work.all_rows, F32),
+        "masses": (scored * n.pieces if grouped else 1, F32), "stats": (2 * work.all_rows, F32),
         "lines": (3 * work.selections, F32), "ranking": (work.selections * n.stride if grouped else 1, F32),
         "levels": (work.selections * n.stride, U8), "histogram": (counts, I32),
         "cuts": (5 * work.selections, I32), "offsets": (2 * work.selections * n.chunks, I32),

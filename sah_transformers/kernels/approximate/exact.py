@@ -37,7 +37,7 @@ def score(
         *call.numbers(tile.span)[:4], *call.q.stride()[:3], *call.k.stride()[:3], *call.look, call.scaling, 1.0,
         *call.bands,
         H=heads, G=call.groups, Q=call.q.shape[2], D=dim, BD=max(16, power_of_2(dim)),
-        CAUSAL=call.causal, MASKED=call.masked, SOFTCAP=False, UNIT=1, MASSES=call.masses_too, BINS=call.bins,
+        CAUSAL=call.causal, MASKED=call.masked, SOFTCAP=False, UNIT=1, MASSES=int(call.masses_too), BINS=call.bins,
         BM=rows, BN=tile.keys, TILES=tile.count, STAGES=2, warps=tile.warps,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ class Scoring:
         lines: ``[2, R]``, the brackets; histogram: int32 ``[R, bins]``; aboves: ``[R, chunks]``; unless ``masses_too``.
             ``bins`` 0: neither is touched, and there are peaks alone.
         scores: float32 ``[R, stride]``, -inf where invisible; peaks: ``[R, chunks]``.
-        masses: ``[2, R, chunks]``, of candidates and bands, with ``masses_too``.
+        masses: ``[R, chunks]``, of all visible keys, with ``masses_too``.
         bands: sizes of the first and last keys, as `decode.kernel.budgets` gives them.
         coarse: whether scores may be off by the method's ``error``.
     """
@@ -159,7 +159,7 @@ class Scoring:
 
     def shape(self) -> dict[str, Any]:
         """Compile-time constants that every kernel of scores takes."""
-        return {**self.sight(), "MASSES": self.masses_too, "BINS": self.bins}
+        return {**self.sight(), "MASSES": int(self.masses_too), "BINS": self.bins}
 
 
 class Given:

@@ -59,7 +59,7 @@ def level_kernel(
             i_r = (i_e // Q) * (H // G * Q) + i_q + i_h * Q
             b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k)
             m_v = m_v & (b_s != float("-inf"))
-            share = 1.0 / tl.maximum(tl.load(stats + R + i_r) + tl.load(stats + 2 * R + i_r), 1.0)
+            share = 1.0 / tl.maximum(tl.load(stats + R + i_r), 1.0)
             b_v += tl.exp(b_s - tl.load(stats + i_r)) * share
         tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v)
     else:

@@ -82,7 +82,7 @@ def line_kernel(
     SOFTMAX: tl.constexpr, LOGARITHMIC: tl.constexpr, CHUNKS: tl.constexpr, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    """The line of one selection row, from stored scores; ``SOFTMAX``: of a group's sum, and the heads' ``stats [3, R]``
+    """The line of one selection row, from stored scores; ``SOFTMAX``: of a group's sum, and the heads' ``stats [2, R]``
     are written."""
     i_e = tl.program_id(0)
     R = B * H * Q
@@ -97,9 +97,9 @@ def line_kernel(
         o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
         p_s = scores + o_r[None, :].to(tl.int64) * (stride * 16) + o_k[:, None]
         b_s = tl.load(p_s, mask=m_h[None, :] & m_k[:, None], other=float("-inf"))  # a sample's heads in one thread
-        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
+        peak, total, _ = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, 1, CHUNKS)
         m_k = m_k & (tl.max(b_s, 1) > float("-inf"))
-        b_v = tl.sum(tl.exp(b_s - peak[None, :]) * (1.0 / tl.maximum(free + band, 1.0))[None, :], 1)
+        b_v = tl.sum(tl.exp(b_s - peak[None, :]) * (1.0 / tl.maximum(total, 1.0))[None, :], 1)
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         m_k = m_k & (b_v > float("-inf"))

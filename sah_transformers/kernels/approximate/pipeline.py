@@ -27,7 +27,7 @@ from sah_transformers.kernels.decode.kernel import (
     budgets,
     count_seen,
     limit_sizes,
-    look_of,
+    mask_of,
     plan_of,
     power_of_2,
     segments_of,
@@ -149,7 +149,7 @@ def attend_pages(work: Work) -> None:
         "scores": (work.all_rows * stride, F32), "lists": (work.selections * stride, I32),
         "slots": (blanks, I32), "shifts": (work.batch * work.rows, I32),
     }, pages)  # fmt: skip
-    mask, look = launch.address(x.q if x.mask is None else x.mask), look_of(x)
+    mask, look = mask_of(x, launch)
     score_pages(work, s, mask, look, pages, stride, tokens, blanks)
     width, rest = parts_of(-(-work.keys // page))
     warps = t.group_select_warps if work.selection.group else t.select_warps

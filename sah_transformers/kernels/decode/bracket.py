@@ -144,22 +144,27 @@ def both(one, two, other_one, other_two):
 
 
 @triton.jit
-def row_totals(peaks, masses, stats, R, o_r, m_r, chunks, CHUNKS: tl.constexpr):
-    """Reduce the chunks of rows to ``stats [3, R]``: peak, free mass and band mass relative to the peak."""
+def row_totals(peaks, masses, stats, R, o_r, m_r, chunks, MASSES: tl.constexpr, CHUNKS: tl.constexpr):
+    """Reduce the chunks of rows to ``stats [1 + MASSES, R]``: peak and, relative to it, the mass, or with 2 ``MASSES``
+    those of the candidates and of the bands; returned, 0 for a mass that there is not."""
     o_c = tl.arange(0, CHUNKS)[None, :]
     m = m_r[:, None] & (o_c < chunks)
     p = o_r[:, None].to(tl.int64) * chunks + o_c
     b_peak = tl.load(peaks + p, mask=m, other=float("-inf"))  # all are under way before the first is needed
-    b_free = tl.load(masses + p, mask=m, other=0.0)
-    b_band = tl.load(masses + R.to(tl.int64) * chunks + p, mask=m, other=0.0)
+    b_one = tl.load(masses + p, mask=m, other=0.0)
+    if MASSES == 2:
+        b_two = tl.load(masses + R.to(tl.int64) * chunks + p, mask=m, other=0.0)
     peak = tl.max(b_peak, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that sees nothing
     b_w = tl.exp(b_peak - peak[:, None])
-    free, band = tl.reduce((b_free * b_w, b_band * b_w), 1, both)
+    if MASSES == 2:
+        one, two = tl.reduce((b_one * b_w, b_two * b_w), 1, both)
+        tl.store(stats + 2 * R + o_r, two, mask=m_r)
+    else:
+        one, two = tl.sum(b_one * b_w, 1), 0.0
     tl.store(stats + o_r, peak, mask=m_r)
-    tl.store(stats + R + o_r, free, mask=m_r)
-    tl.store(stats + 2 * R + o_r, band, mask=m_r)
-    return peak, free, band
+    tl.store(stats + R + o_r, one, mask=m_r)
+    return peak, one, two
 
 
 @triton.jit(
@@ -199,7 +204,7 @@ def sample_scores_kernel(
     m_k = (o_k < last_start) & (o_k < K)
     if MASS:
         o_r = i_e + tl.arange(0, 1)
-        peak, free, band = row_totals(peaks, masses, stats, R, o_r, o_r < R, chunks, CHUNKS)
+        peak, free, band = row_totals(peaks, masses, stats, R, o_r, o_r < R, chunks, 2, CHUNKS)
         peak, free, band = tl.max(peak), tl.max(free), tl.max(band)
         b_s = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         m_k = m_k & (b_s > float("-inf"))
@@ -211,10 +216,10 @@ def sample_scores_kernel(
         o_h = tl.arange(0, HEADS)
         m_h = o_h < H // G
         o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
-        peak, free, band = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, CHUNKS)
+        peak, total, _ = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, 1, CHUNKS)
         p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
         b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
-        b_mass = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(free + band, 1.0)[:, None], 0)
+        b_mass = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(total, 1.0)[:, None], 0)
         m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
         wanted = size_of(n, size, share)
         candidates = n - size_of(n, first, first_share) - size_of(n, last, last_share)

@@ -41,7 +41,7 @@ def histogram_kernel(
         p_s = scores + o_r.to(tl.int64) * (stride * 16) + o_k[None, :]
         m_k = (o_k < stride * 16)[None, :]
         b_s = tl.load(p_s, mask=m_h & m_k, other=float("-inf"))
-        total = tl.load(stats + R + o_r, mask=m_h, other=1.0) + tl.load(stats + 2 * R + o_r, mask=m_h, other=0.0)
+        total = tl.load(stats + R + o_r, mask=m_h, other=1.0)
         b_w = weight_of(b_s - tl.load(stats + o_r, mask=m_h, other=0.0), weights.dtype.element_ty == tl.float32)
         b_v = tl.sum(b_w / tl.maximum(total, 1.0), 0)
         m_free = (o_k < K) & (tl.min(tl.where(m_h, b_s, float("inf")), 0) > float("-inf"))

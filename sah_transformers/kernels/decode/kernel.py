@@ -16,6 +16,7 @@ from sah_transformers.kernels.decode.combine import combine_kernel
 from sah_transformers.kernels.decode.gather import gather_group_kernel, gather_kernel, stream_kernel
 from sah_transformers.kernels.decode.histogram import histogram_kernel
 from sah_transformers.kernels.decode.limits import bounds_kernel, count_kernel
+from sah_transformers.kernels.decode.look import score_and_look_kernel
 from sah_transformers.kernels.decode.score import score_kernel
 from sah_transformers.kernels.decode.stack import Stack, bits_of, power_of_2
 from sah_transformers.kernels.decode.threshold import threshold_kernel
@@ -27,6 +28,8 @@ POISON = os.environ.get("SAH_POISON") == "1"
 MOST_SPLITS = 64  # of the bands
 
 SEGMENT = 1024  # keys of a mask that are counted together
+
+MASSES = {"best": 0, "group": 1, "mass": 2}  # that scoring sums up: none, all visible mass, of candidates and bands
 
 
 @dataclass
@@ -213,22 +216,20 @@ def limit_sizes(x: Inputs, plan: Plan) -> Elements:
     return {"limits": (5 * rows, torch.int32), "counts_seen": (counts, torch.int32)}
 
 
-def look_of(x: Inputs) -> tuple[int, int, int]:
-    """The mask's strides over (B, Q, K), 0 where it has only one."""
+def mask_of(x: Inputs, launch: Launcher) -> tuple[Any, tuple[int, int, int]]:
+    """(mask, its strides over (B, Q, K), 0 where it has only one); without one the query stands in for the pointer."""
     if x.mask is None:
-        return 0, 0, 0
-    strides = x.mask.stride()
-    return 0 if x.mask.shape[0] == 1 else strides[0], 0 if x.mask.shape[1] == 1 else strides[1], strides[2]
+        return launch.address(x.q), (0, 0, 0)
+    (batch, rows, _), strides = x.mask.shape, x.mask.stride()
+    return launch.address(x.mask), (0 if batch == 1 else strides[0], 0 if rows == 1 else strides[1], strides[2])
 
 
 def see(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any]) -> tuple[Any, tuple[int, int, int]]:
-    """(mask, its strides); finds the rows' limits where there is one, else the query stands in for the pointer."""
-    look = look_of(x)
-    if x.mask is None:
-        return launch.address(x.q), look
-    sizes, bands = (x.q.shape[0], x.q.shape[2], x.k.shape[2]), (*budgets(x.stack), x.least)
-    mask = launch.address(x.mask)
-    find_limits(launch, mask, s["counts_seen"], s["limits"], sizes, look, bands, x.causal, plan.keys)
+    """``mask_of``; finds the rows' limits where there is a mask."""
+    mask, look = mask_of(x, launch)
+    if x.mask is not None:
+        sizes, bands = (x.q.shape[0], x.q.shape[2], x.k.shape[2]), (*budgets(x.stack), x.least)
+        find_limits(launch, mask, s["counts_seen"], s["limits"], sizes, look, bands, x.causal, plan.keys)
     return mask, look
 
 
@@ -308,7 +309,7 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
 def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> None:
     """Bands and one selection by score: bracket, scores, histogram, cut, values, sum."""
     t, stack, kind = plan.tuning, x.stack, x.stack.kind
-    mass, after = kind == "mass", kind != "best"
+    mass, masses, after = kind == "mass", MASSES[kind], kind != "best"
     batch, heads, rows, _ = x.q.shape
     groups, keys, value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
     in_group = heads // groups * rows
@@ -328,9 +329,9 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     layout = plan.layout(lambda: {
         **limit_sizes(x, plan), "lines": (3 * selections, f32),
         "histogram": (selections * t.bins, i64 if mass else i32), "scores": (all_rows * stride, f32),
-        "peaks": (all_rows * chunks, f32), "stats": (3 * all_rows, f32),
+        "peaks": (all_rows * chunks, f32), "stats": ((1 + masses) * all_rows, f32),
         "aboves": (selections * looks if after else all_rows * chunks, i32),
-        "masses": (2 * all_rows * chunks if after else 1, f32), "over": (selections * looks if after else 1, f32),
+        "masses": (max(1, masses * all_rows * chunks), f32), "over": (selections * looks if after else 1, f32),
         "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
         "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
         "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
@@ -342,7 +343,8 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
     scratch = Scratch(x.q.device, not launch.ready, layout)
     s = scratch.arrays()
     q, k, v = launch.address(x.q), launch.address(x.k), launch.address(x.v)
-    mask, look = see(x, plan, launch, s)
+    looks_too = kind == "group" and x.mask is not None
+    mask, look = mask_of(x, launch) if looks_too else see(x, plan, launch, s)
     bands, size = budgets(stack), (stack.size[0], bits_of(stack.size[1]))
     keyed = (*x.q.stride()[:3], *plan.steps(x.k), *look, x.scaling, x.softcap or 1.0, *bands)
     scored = {**plan.shape, **plan.dims, **plan.sight, "SOFTCAP": x.softcap is not None, "UNIT": plan.unit}
@@ -353,12 +355,22 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             keys, batch, *keyed, *size, **scored,
             SAMPLES=t.samples, SLICE=t.slice, STAGES=t.sample_stages, BINS=t.bins, warps=t.sample_warps,
         )  # fmt: skip
-    launch(
-        score_kernel, (chunks, batch * groups, -(-in_group // plan.bm)),
-        q, k, mask, s["limits"], s["lines"], s["scores"], s["histogram"], s["peaks"], s["aboves"], s["masses"],
-        keys, batch, stride // 16, chunks, *keyed, **scored,
-        MASSES=after, BINS=t.bins, BM=plan.bm, BN=t.tile, TILES=t.tiles, STAGES=t.score_stages, warps=t.score_warps,
-    )  # fmt: skip
+    tiles = -(-in_group // plan.bm)
+    tiled = {"BM": plan.bm, "BN": t.tile, "TILES": t.tiles, "STAGES": t.score_stages}
+    if looks_too:
+        launch(
+            score_and_look_kernel, (rows + chunks, batch * groups, tiles),
+            q, k, mask, s["counts_seen"], s["limits"], s["scores"], s["peaks"], s["masses"],
+            keys, batch, stride // 16, chunks, *keyed, x.least, **scored, **tiled,
+            AT_ONCE=t.look_segments, **segments_of(plan.keys), warps=t.score_warps,
+        )  # fmt: skip
+    else:
+        launch(
+            score_kernel, (chunks, batch * groups, tiles),
+            q, k, mask, s["limits"], s["lines"], s["scores"], s["histogram"], s["peaks"], s["aboves"], s["masses"],
+            keys, batch, stride // 16, chunks, *keyed, **scored, MASSES=masses, BINS=t.bins, **tiled,
+            warps=t.score_warps,
+        )  # fmt: skip
     ranking, most_chunks = s["scores"], power_of_2(-(-plan.keys // span))
     if after:
         launch(

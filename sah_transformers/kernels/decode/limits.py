@@ -67,6 +67,24 @@ def count_kernel(
 
 
 @triton.jit
+def count_row(
+    mask, counts, i, K, sm_b, sm_q, sm_k,
+    Q: tl.constexpr, CAUSAL: tl.constexpr, AT_ONCE: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Visible keys of all segments of row ``i`` (int64), ``AT_ONCE`` at a time: ``counts [B*Q, segments]``; returns the
+    number of segments. As ``count_kernel`` counts them."""
+    segments = tl.cdiv(K, LENGTH)
+    reach = reach_of((i % Q).to(tl.int32), K, Q, CAUSAL)
+    p_mask = mask + i // Q * sm_b + i % Q * sm_q
+    for start in range(0, segments, AT_ONCE):
+        o_s = start + tl.arange(0, AT_ONCE)
+        o_k = o_s[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
+        b_n = (tl.load(p_mask + o_k.to(tl.int64) * sm_k, mask=o_k < reach, other=0) != 0).to(tl.int32)
+        tl.store(counts + i * segments + o_s, tl.sum(b_n, 1), mask=o_s < segments)
+    return segments
+
+
+@triton.jit
 def bounds_of(
     mask, counts, i, K, stride, sm_b, sm_q, sm_k, first, first_share, last, last_share, least,
     Q: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr,

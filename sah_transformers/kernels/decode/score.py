@@ -33,20 +33,18 @@ def precise_scores(p_q, m_q, p_k, m_k, scaling, D: tl.constexpr, BD: tl.constexp
 def open_tally(lines, o_r, m_m, R, MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """What ``BM`` of ``R`` rows have seen before their first tile: (peak, two tallies, the bracket's scale, offset).
 
-    Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. The tallies are
-    the masses of the candidates and of the bands with ``MASSES``, else the first is the number of candidates above the
-    bracket and the second unused. Without ``MASSES`` and ``BINS`` there is the peak alone.
+    Peak and tallies are ``[BM, BN]``, one per column of a tile, and reduced once by ``close_tally``. With 2 ``MASSES``
+    the tallies are those of the candidates and of the bands, with 1 the first is that of all visible keys, and without
+    the number of candidates above the bracket; the second is then unused. Without ``MASSES`` and ``BINS`` there is the
+    peak alone.
     """
     b_peak = tl.full([BM, BN], float("-inf"), tl.float32)
-    if MASSES:
-        b_one, b_two = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-        scale, offset = 0.0, 0.0
-    else:
-        b_one, b_two = tl.zeros([BM, BN], tl.int32), 0
-        scale, offset = 0.0, 0.0
-        if BINS:
-            scale = tl.load(lines + o_r, mask=m_m, other=1.0)
-            offset = tl.load(lines + R + o_r, mask=m_m, other=0.0)
+    b_one = tl.zeros([BM, BN], tl.float32 if MASSES else tl.int32)
+    b_two = tl.zeros([BM, BN], tl.float32) if MASSES == 2 else 0
+    scale, offset = 0.0, 0.0
+    if BINS and not MASSES:
+        scale = tl.load(lines + o_r, mask=m_m, other=1.0)
+        offset = tl.load(lines + R + o_r, mask=m_m, other=0.0)
     return b_peak, b_one, b_two, scale, offset
 
 
@@ -56,7 +54,10 @@ def keep_tile(
     last_start, K, stride, sm_b, sm_q, sm_k,
     Q: tl.constexpr, MASKED: tl.constexpr, MASSES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of scores ``[BM, BN]``, -inf where invisible, and add it to (peak, two tallies), returned."""
+    """Store a tile of scores ``[BM, BN]``, -inf where invisible, and add it to (peak, two tallies), returned.
+
+    With 1 of ``MASSES`` it does not matter where the bands lie.
+    """
     m_s = o_k[None, :] < reach[:, None]
     if MASKED:
         if Q == 1:
@@ -70,13 +71,16 @@ def keep_tile(
     b_s = tl.where(m_s, b_s, float("-inf"))
     p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
     tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :])
-    m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
+    if MASSES != 1:
+        m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
     if MASSES:
         b_new = tl.maximum(b_peak, b_s)
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_shrink, b_e = tl.exp(b_peak - b_safe), tl.exp(b_s - b_safe)
-        b_one = b_one * b_shrink + tl.where(m_free, b_e, 0.0)
-        b_two = b_two * b_shrink + tl.where(m_free, 0.0, b_e)
+        if MASSES == 2:
+            b_two = b_two * b_shrink + tl.where(m_free, 0.0, b_e)
+            b_e = tl.where(m_free, b_e, 0.0)
+        b_one = b_one * b_shrink + b_e
         b_peak = b_new
     else:
         b_peak = tl.maximum(b_peak, b_s)
@@ -94,17 +98,69 @@ def keep_tile(
 def close_tally(
     b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, R, MASSES: tl.constexpr, BINS: tl.constexpr
 ):
-    """Store what chunk ``i_c`` holds: ``peaks [R, chunks]`` and ``masses [2, R, chunks]`` or ``aboves [R, chunks]``."""
+    """Store what a chunk holds: ``peaks [R, chunks]``, and ``masses [MASSES, R, chunks]`` or ``aboves [R, chunks]``."""
     peak = tl.max(b_peak, 1)
     o_out = o_r.to(tl.int64) * chunks + i_c
     tl.store(peaks + o_out, peak, mask=m_m)
     if MASSES:
         b_shrink = tl.exp(b_peak - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         tl.store(masses + o_out, tl.sum(b_one * b_shrink, 1), mask=m_m)
-        o_out += R.to(tl.int64) * chunks
-        tl.store(masses + o_out, tl.sum(b_two * b_shrink, 1), mask=m_m)
+        if MASSES == 2:
+            o_out += R.to(tl.int64) * chunks
+            tl.store(masses + o_out, tl.sum(b_two * b_shrink, 1), mask=m_m)
     elif BINS:
         tl.store(aboves + o_out, tl.sum(b_one, 1), mask=m_m)
+
+
+@triton.jit
+def score_chunk(
+    q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses, i_c, i_bg, i_m,
+    K, B, stride, chunks, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
+    scaling, softcap, first, first_share, last, last_share,
+    H: tl.constexpr, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
+    MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One KV head, ``BM`` of its rows, ``TILES * BN`` keys.
+
+    Stores ``scores [R, stride]`` (-inf where invisible) and per chunk ``peaks [R, chunks]``. Without ``MASSES`` it
+    counts the candidates above the bracket, ``aboves [R, chunks]``, and adds those inside to ``histogram``; with 2 it
+    sums ``exp(score - peak)`` of the candidates and of the bands, ``masses [2, R, chunks]``; with 1 that of all visible
+    keys, ``masses [R, chunks]``, and reads neither ``limits`` nor ``lines``.
+    """
+    i_b, i_g = i_bg // G, i_bg % G
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < H // G * Q
+    o_q = o_m % Q
+    o_h = i_g * (H // G) + o_m // Q
+    o_r = i_bg * (H // G * Q) + o_m
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + i_g.to(tl.int64) * (sk_g * UNIT)
+    first_end, last_start = 0, 0
+    if MASSES != 1:
+        _, first_end, last_start = limits_of(
+            limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
+        )
+    reach = tl.minimum(reach_of(o_q, K, Q, CAUSAL), K)
+    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, B * H * Q, MASSES, BINS, BM, BN)
+    for i_t in tl.range(0, TILES, num_stages=STAGES):
+        o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
+        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
+        if k.dtype.element_ty == tl.float32:
+            b_s = precise_scores(p_q, m_m, p_kt, o_k < K, scaling, D, BD)
+        else:
+            b_k = tl.load(p_kt + o_d[None, :], mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+        b_s = capped(b_s, softcap, SOFTCAP)
+        b_peak, b_one, b_two = keep_tile(
+            b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
+            first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
+        )  # fmt: skip
+    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, B * H * Q, MASSES, BINS)
 
 
 @triton.jit(
@@ -132,40 +188,11 @@ def score_kernel(
     MASSES: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, ``BM`` of its rows, ``TILES * BN`` keys.
-
-    Stores ``scores [R, stride]`` (-inf where invisible) and per chunk ``peaks [R, chunks]``. Without ``MASSES`` it
-    counts the candidates above the bracket, ``aboves [R, chunks]``, and adds those inside to ``histogram``; with it,
-    it sums ``exp(score - peak)`` of the candidates and of the bands, ``masses [2, R, chunks]``.
-    """
-    i_c, i_bg, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, i_g = i_bg // G, i_bg % G
-    o_m = i_m * BM + tl.arange(0, BM)
-    m_m = o_m < H // G * Q
-    o_q = o_m % Q
-    o_h = i_g * (H // G) + o_m // Q
-    o_r = i_bg * (H // G * Q) + o_m
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    p_q = q + i_b.to(tl.int64) * sq_b + o_h[:, None] * sq_h + o_q[:, None] * sq_q
-    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
-    p_k = k + i_b.to(tl.int64) * sk_b * UNIT + i_g.to(tl.int64) * (sk_g * UNIT)
-    _, first_end, last_start = limits_of(
-        limits, i_b, o_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
-    )
-    reach = tl.minimum(reach_of(o_q, K, Q, CAUSAL), K)
-    b_peak, b_one, b_two, scale, offset = open_tally(lines, o_r, m_m, B * H * Q, MASSES, BINS, BM, BN)
-    for i_t in tl.range(0, TILES, num_stages=STAGES):
-        o_k = (i_c * TILES + i_t) * BN + tl.arange(0, BN)
-        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
-        if k.dtype.element_ty == tl.float32:
-            b_s = precise_scores(p_q, m_m, p_kt, o_k < K, scaling, D, BD)
-        else:
-            b_k = tl.load(p_kt + o_d[None, :], mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
-        b_s = capped(b_s, softcap, SOFTCAP)
-        b_peak, b_one, b_two = keep_tile(
-            b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,
-            first_end, last_start, K, stride, sm_b, sm_q, sm_k, Q, MASKED, MASSES, BINS,
-        )  # fmt: skip
-    close_tally(b_peak, b_one, b_two, peaks, aboves, masses, o_r, m_m, i_c, chunks, B * H * Q, MASSES, BINS)
+    """Scores of a chunk, see ``score_chunk``."""
+    score_chunk(
+        q, k, mask, limits, lines, scores, histogram, peaks, aboves, masses,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        K, B, stride, chunks, sq_b, sq_h, sq_q, sk_b, sk_g, sk_k, sm_b, sm_q, sm_k,
+        scaling, softcap, first, first_share, last, last_share,
+        H, G, Q, D, BD, CAUSAL, MASKED, SOFTCAP, UNIT, MASSES, BINS, BM, BN, TILES, STAGES,
+    )  # fmt: skip

@@ -11,7 +11,8 @@ class Tuning:
     """How the stages of a decode call are cut into programs.
 
     Attributes:
-        tile, tiles, score_warps, score_stages: keys per tile, tiles per program of the score stage.
+        tile, tiles, score_warps, score_stages, look_segments: keys per tile, tiles per program of the score stage;
+            thousands of a mask's keys that a program beside it counts at once.
         samples, slice, sample_stages, sample_warps: keys sampled per row, and how many are loaded at once.
         bins, listed: bins of the histogram, keys that the list of the boundary bin holds.
         histogram_chunk, histogram_warps, threshold_warps: keys per program of the second look; the cut.
@@ -27,6 +28,7 @@ class Tuning:
     tiles: int = 2
     score_warps: int = 4
     score_stages: int = 2
+    look_segments: int = 8
     samples: int = 512
     slice: int = 64
     sample_stages: int = 4
