@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,14 @@ MOST_PREFILL = 2**15
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cases of a run share: device, kernel, the copy rate measured in this run, and whether to profile."""
+    """What all cases of a run share: device, kernel, the copy rate measured in this run, whether to profile, and what
+    takes a line on the way."""
 
     device: str
     kernel: str
     copy_rate: float
     stages: bool = False
+    say: Callable[[str], object] = str
 
     @property
     def cuda(self) -> bool:
@@ -237,7 +240,7 @@ def _step(result: Result, setup: Setup) -> None:
     from sah_transformers.bench.step import WAYS, check_step, steps_of
 
     result.checked = check_step(result.case, setup.device, setup.kernel)
-    result.steps = steps_of(result.case, setup.device, setup.kernel)
+    result.steps = steps_of(result.case, setup.device, setup.kernel, setup.say)
     done = {way: result.steps[way.name] for way in WAYS if not result.steps[way.name].error}
     ours = min((step for way, step in done.items() if way.sparse), key=lambda step: step.wall_ms, default=None)
     if ours is None:

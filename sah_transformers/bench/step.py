@@ -31,6 +31,9 @@ from sah_transformers.integration import AppendingCache, CudaGraphConfig
 SHORT, STEPS, REPEATS = 4, {"cpu": 2, "cuda": 24}, 3
 """New tokens of the shorter generation, how many more the longer one has, and how often both are timed."""
 
+PROFILED = 8
+"""At most so many more, where each kernel is told apart: that takes seconds per token."""
+
 MOST_ERROR = 5e-2
 """Relative error of the logits over all keys: rounding in every layer of a model of random weights."""
 
@@ -125,18 +128,29 @@ def random_model(case: Case, device: str) -> Any:
     return model_of(*sizes, case.H, case.G, case.D, case.dtype, device)  # type: ignore[arg-type]
 
 
-def steps_of(case: Case, device: str, kernel: str) -> dict[str, Step]:
-    """Every way's step, by name. Dense steps do not depend on the stack: those of a run are shared by its cases."""
+def steps_of(case: Case, device: str, kernel: str, say: Callable[[str], object] = str) -> dict[str, Step]:
+    """Every way's step, by name. Dense steps do not depend on the stack: those of a run are shared by its cases.
+
+    Args:
+        say: takes a line as each way is done.
+    """
     if device != "cpu":
         model_of.cache_clear()  # room for the other processes'
         gc.collect()
         torch.cuda.empty_cache()
     names = ("K", "B", "H", "G", "D", "padding", "dtype", "layers", "intermediate", "vocab")
     sizes = {name: getattr(case, name) for name in names}
-    return {
-        way.name: alone(device, step_of, case, device, kernel, way) if way.sparse else _dense_step(device, way, **sizes)
-        for way in WAYS
-    }
+    steps = {}
+    for way in WAYS:
+        dense = functools.partial(_dense_step, device, way, **sizes)
+        steps[way.name] = alone(device, step_of, case, device, kernel, way) if way.sparse else dense()
+        say(f"{case.label}: {way.name}: {in_short(steps[way.name])}")
+    return steps
+
+
+def in_short(step: Step) -> str:
+    """A step in a line."""
+    return step.error or f"{step.wall_ms:.4g} ms per token, of which the device works {step.gpu_ms:.4g}"
 
 
 @functools.lru_cache(32)
@@ -207,6 +221,7 @@ def measured(case: Case, model: Any, way: Way, heads: slice = slice(None)) -> St
     )
     if kind == "cuda":
         step.peak_gib, step.of_need = peak(case, model, case.K + SHORT + more)
+    more = min(more, PROFILED)
     long, short = parts(decode, SHORT + more, kind), parts(decode, SHORT, kind)
     step.parts_ms = {name: max(0.0, long[name] - short[name]) / more for name in (*PARTS, "rest")}
     step.gpu_ms = sum(step.parts_ms.values())

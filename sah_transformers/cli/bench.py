@@ -39,8 +39,6 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes cuda where there is one.")] = "auto",
 ) -> None:
     """Check every case against the reference, then time it beside dense attention, and hold it against its targets."""
-    import json as json_format
-
     from sah_transformers.bench import report
     from sah_transformers.cli.screen import Failed, console
 
@@ -54,7 +52,7 @@ def bench(
     screen = console()
     screen.width = max(screen.width, WIDTH)
     screen.print(_what_runs(setup, suites), markup=False)
-    results = _run_all(cases, setup)
+    results = _run_all(cases, setup, json)
     for name in names:
         part = [one for one in results if one.case.suite == Path(name).stem]
         if part:
@@ -75,10 +73,7 @@ def bench(
         screen.print(f"wrote {plot}", markup=False)
     counts = report.summary(results)
     screen.print(", ".join(f"{count} {what}" for what, count in counts.items() if count), markup=False)
-    line = json_format.dumps(report.data(results, setup))
-    if json is not None:
-        json.write_text(line + "\n", encoding="utf-8")
-    typer.echo(line)
+    typer.echo(_write(results, setup, json))
     if counts["FAILED"]:
         raise Failed(f"{counts['FAILED']} of {len(results)} cases failed")
     if plot and not points:
@@ -157,9 +152,24 @@ def _what_runs(setup: Setup, suites: list[str] | None) -> str:
     )
 
 
-def _run_all(cases: list[Case], setup: Setup) -> list[Result]:
-    """Every case under one spinner; into a log file, a line for each as it is done."""
+def _write(results: list[Result], setup: Setup, path: Path | None) -> str:
+    """The line of JSON, also in a file."""
+    from json import dumps
+
+    from sah_transformers.bench import report
+
+    line = dumps(report.data(results, setup))
+    if path is not None:
+        path.write_text(line + "\n", encoding="utf-8")
+    return line
+
+
+def _run_all(cases: list[Case], setup: Setup, json: Path | None) -> list[Result]:
+    """Every case under one spinner; into a log file, a line for each as it is done. What is done by then is in the file
+    ``json`` whenever the run ends."""
     import sys
+    from dataclasses import replace
+    from functools import partial
 
     from sah_transformers.bench.run import run_case
     from sah_transformers.cli.screen import spinner
@@ -167,11 +177,13 @@ def _run_all(cases: list[Case], setup: Setup) -> list[Result]:
     results = []
     live = sys.stderr.isatty()
     with spinner(f"{len(cases)} cases") as status:
+        setup = replace(setup, say=status.update if live else partial(typer.echo, err=True))
         for i, case in enumerate(cases, 1):
             at = f"{case.suite} {i} of {len(cases)}: {case.label}"
             status.update(at)
             result = run_case(case, setup)
             results.append(result)
+            _write(results, setup, json)
             if not live:
                 typer.echo(f"{at}: {_in_short(result)}", err=True)
     return results
