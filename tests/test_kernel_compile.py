@@ -61,7 +61,7 @@ USUAL = {  # forms of stacks that launch every kernel
     "best": ("bf16", "fp16 D=256 masked"),
     "bands": ("bf16",),
     "wide": ("bf16",),
-    "group": ("bf16",),
+    "group": ("bf16", "fp16 D=256 masked"),
     "mass": ("bf16",),
     "quest": ("bf16", "fp16 D=256 masked", "two parts, masked"),
     "quest per KV head": ("bf16", "two parts, masked"),
