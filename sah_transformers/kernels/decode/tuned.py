@@ -28,7 +28,7 @@ class Tuning:
     tiles: int = 2
     score_warps: int = 4
     score_stages: int = 2
-    look_segments: int = 8
+    look_segments: int = 4
     samples: int = 512
     slice: int = 64
     sample_stages: int = 4
