@@ -94,6 +94,13 @@ def test_sampling_streams_and_scores_are_as_ever(graphs):
     assert graphs.replays == 6
 
 
+def cropped(model, ids, past_key_values, **_):
+    """A way to generate that takes back what it read."""
+    token = model(ids, past_key_values=past_key_values).logits[:, -1:].argmax(-1)
+    past_key_values.crop(-1)
+    return torch.cat([ids, token], dim=1)
+
+
 ELSEWHERE = {
     "told not to": {"disable_compile": True},
     "the cache is returned": {"return_dict_in_generate": True},
@@ -101,6 +108,7 @@ ELSEWHERE = {
     "another cache": {"cache_implementation": "dynamic"},
     "lookup": {"prompt_lookup_num_tokens": 2},
     "no cache": {"use_cache": False},
+    "a loop of one's own": {"custom_generate": cropped},
 }
 
 
@@ -119,11 +127,12 @@ def test_elsewhere_nothing_is_replayed(graphs, name):
         lambda model: model.train(),
         lambda model: sah_transformers.disable(model),
         lambda model: setattr(model, "forward", model.forward),
+        lambda model: model.model.norm.register_forward_hook(lambda *_: None),
         lambda model: setattr(model, "hf_device_map", {"": "cpu", "lm_head": "disk"}),
         lambda model: sah_transformers.enable(model, {"maskers": STACK, "kernel": "reference"}),
         lambda model: setattr(type(model), "_can_compile_fullgraph", False),
     ],
-    ids=["training", "dense", "own forward", "spread", "reference", "not one graph"],
+    ids=["training", "dense", "own forward", "hooked", "spread", "reference", "not one graph"],
 )
 def test_models_that_do_not_suit(graphs, monkeypatch, change):
     model = sparse()
@@ -145,6 +154,68 @@ def test_recorded_calls_are_not_replayed(graphs):
         generate(model, prompt(13))
     assert graphs.captures == 0
     assert len(log.entries) == 8 * len(model.model.layers)
+
+
+def test_hooks_are_called_at_every_step(graphs):
+    model, calls = sparse(), []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    generate(model, prompt(13))
+    assert (graphs.captures, len(calls)) == (0, 8)
+    hook.remove()
+    generate(model, prompt(13))
+    assert graphs.captures == 1
+
+
+def test_autocast_is_as_ever(graphs):
+    """Keys and values are of two dtypes there, which a static cache does not hold."""
+    model = sparse(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generate(model, IDS, attention_mask=PADDING), in_place(model))
+    assert graphs.captures == 0
+
+
+def test_a_model_is_not_tried_for_ever(graphs):
+    """PyTorch may keep the memory of a capture that failed."""
+    model = sparse()
+    right = in_place(model)
+    graphs.fault = RuntimeError()
+    for _ in range(captured.MOST_FAILURES):
+        assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    graphs.fault = None
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.captures == 0
+    generate(sparse(), prompt(13))
+    assert graphs.captures == 1
+
+
+def test_caches_that_pytorch_can_take_apart(graphs, monkeypatch):
+    """As Transformers registers them when it exports a model: the step still writes into the cache itself."""
+    from torch.utils import _pytree
+
+    model = sparse(QUEST)
+    right = in_place(model)
+    node = _pytree.NodeDef(StaticCache, lambda cache: ([cache.layers[0].keys], cache), lambda *_: None, None)
+    monkeypatch.setitem(_pytree.SUPPORTED_NODES, StaticCache, node)
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.replays == 6
+
+
+def test_a_generation_within_another(graphs):
+    inner, outer = sparse(), sparse(OTHER_STACK)
+    rights = [in_place(model) for model in (inner, outer)]
+    found = []
+    original = outer.model.norm.forward
+
+    def forward(*given):
+        within = captured.step_underway()
+        found.append(generate(inner, IDS, attention_mask=PADDING))
+        assert captured.step_underway() is within
+        return original(*given)
+
+    outer.model.norm.forward = forward
+    assert torch.equal(generate(outer, IDS, attention_mask=PADDING), rights[1])
+    assert all(torch.equal(tokens, rights[0]) for tokens in found)
+    assert captured.step_underway() is None
 
 
 def test_what_cannot_be_captured_goes_on(graphs, caplog):

@@ -1,6 +1,7 @@
 """On CUDA devices: the cache that appends in place, CUDA graphs over a static cache, models spread over two devices."""
 
 import gc
+import threading
 from dataclasses import replace
 
 import pytest
@@ -131,21 +132,42 @@ def test_replayed_steps_sample_the_same(dtype, captures):
 
 
 def test_a_model_that_asks_the_host_is_not_replayed(captures, caplog):
-    """A step that cannot be captured runs as ever, and what is captured afterwards is sound."""
+    """A step that cannot be captured runs as ever, and what comes afterwards is sound."""
     model = sah_transformers.enable(model_of(), QUEST)
     inputs = prompts(True)
     right = tokens(model, inputs, disable_compile=True)
-    seen = []
+    asked, seen = {"cache_implementation": "static", "compile_config": sah_transformers.CudaGraphConfig()}, []
     hook = model.model.layers[1].register_forward_hook(lambda module, given, out: seen.append(out[0].sum().item()))
     captured_steps.logger.warning_once.cache_clear()
     with caplog.at_level("WARNING"):
-        assert torch.equal(tokens(model, inputs), right)
+        assert torch.equal(tokens(model, inputs, **asked), right)
     assert "it cannot be captured" in caplog.text
     assert not captures
+    torch.cuda.empty_cache()
+    assert torch.rand(3, device="cuda").min() >= 0
     hook.remove()
     assert torch.equal(tokens(model, inputs), right)
     assert len(captures) == 1
     assert torch.equal(torch.ones(3, device="cuda").cumsum(0), torch.arange(1.0, 4, device="cuda"))
+
+
+def test_random_numbers_while_another_thread_captures(monkeypatch):
+    """Capturing takes nothing of the generator from other threads."""
+    model, inputs, drawn = sah_transformers.enable(model_of(), QUEST), prompts(False), []
+    original = captured_steps.CapturedSteps._run
+
+    def run(self):
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=lambda: drawn.append(torch.rand(3, device="cuda")))
+            thread.start()
+            thread.join()
+        return original(self)
+
+    monkeypatch.setattr(captured_steps.CapturedSteps, "_run", run)
+    torch.manual_seed(0)
+    tokens(model, inputs)
+    torch.manual_seed(0)
+    assert torch.equal(drawn[0], torch.rand(3, device="cuda"))
 
 
 def test_dense_models_are_replayed_when_asked(captures):

@@ -4,23 +4,27 @@ An uncompiled step is bound by Python, which takes several times as long to laun
 ``torch.compile`` avoids that, but compiles for most of a minute; capturing the uncompiled step costs about one step
 more. So ``generate()`` of a sparse model on a GPU takes a static cache by default, and replays, where that can be
 exact: greedy search or sampling, a model on one device or sharded over ranks, full attention in every layer, kernels
-for every sparse one. Elsewhere it takes the cache that appends in place; with ``disable_compile=True``, everywhere.
+for every sparse one, no hooks that a graph would not call. Elsewhere it takes the cache that appends in place; with
+``disable_compile=True``, everywhere.
 
 A step runs once before it is captured. What it is given is copied to where the graph reads it, logits are copied out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
-from transformers.generation import CompileConfig, GenerationMode
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import CompileConfig
 from transformers.utils import logging
 
 from sah_transformers.integration.cache_state import carrying
@@ -33,10 +37,19 @@ logger = logging.get_logger(__name__)
 CAPTURED = ("cuda",)
 """Types of devices on which a ``generate()`` that asks for no cache replays its steps."""
 
-MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-
 MOST_OF_FREE = 0.9
 """Share of the free memory that a cache may take which holds room for all tokens from the beginning."""
+
+MOST_FOR_LATER = 0.5
+"""As ``MOST_OF_FREE``, for the tokens behind the prompt: another cache has no room for them while that is read."""
+
+MOST_FAILURES = 3
+"""A model that could not be captured so often takes the cache that appends: PyTorch may keep what a try allocated."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+KNOWN = ("sah_transformers", "torch", "transformers")
+"""Packages whose hooks do the same work at every step."""
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -61,6 +74,10 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+_swapping = threading.Lock()
+
+_failures: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by model
 
 
 def step_underway() -> CapturedSteps | None:
@@ -104,10 +121,11 @@ class CapturedSteps:
             try:
                 self.replay, self.outputs = capture(self._run, self.stream)
             except Exception as error:  # what a model does may need the host, or another stream
-                self._leave(f"it cannot be captured: {str(error).strip().splitlines()[0]}")
+                _failures[self.model] = _failures.get(self.model, 0) + 1
+                self._leave(f"it cannot be captured: {(str(error).strip() or repr(error)).splitlines()[0]}")
                 return self.model(**inputs)
         self.replay()
-        return tree_map(copied, self.outputs)
+        return tree_map(copied, self.outputs, is_leaf=is_cache)
 
     def left(self, reason: str) -> None:
         """A layer says that its call is no part of a graph, for now: it may lack keys for its codebooks."""
@@ -119,9 +137,10 @@ class CapturedSteps:
 
     def _first(self, inputs: dict[str, Any]) -> Any:
         """The step before the one that is captured, on the stream where that will be: it prepares what that needs."""
-        self.inputs = tree_map(copied, inputs)
+        self.inputs = tree_map(copied, inputs, is_leaf=is_cache)
         outputs = aside(self._run, self.stream)
-        if not all(_plain(value) or value is inputs["past_key_values"] for value in tree_leaves((inputs, outputs))):
+        values = tree_leaves((inputs, outputs), is_leaf=is_cache)
+        if not all(_plain(value) or value is inputs["past_key_values"] for value in values):
             self._leave("the model takes or gives more than tensors and numbers")
         elif self.refused:
             logger.warning_once(f"some decode steps are not replayed as a CUDA graph: {self.refused}")
@@ -130,15 +149,15 @@ class CapturedSteps:
 
     def _run(self) -> Any:
         assert self.inputs is not None
-        _thread.step, self.refused = self, ""
+        outer, _thread.step, self.refused = _thread.step, self, ""
         try:
             return self.model(**self.inputs)
         finally:
-            _thread.step = None
+            _thread.step = outer
 
     def _take(self, inputs: dict[str, Any]) -> bool:
         """Copy a step's inputs to where the graph reads them; whether they are of its kind."""
-        (new, kind), (held, held_kind) = tree_flatten(inputs), tree_flatten(self.inputs)
+        (new, kind), (held, held_kind) = (tree_flatten(one, is_leaf=is_cache) for one in (inputs, self.inputs))
         if kind != held_kind or not all(map(_alike, new, held)):
             return False
         for value, own in zip(new, held, strict=True):
@@ -159,6 +178,11 @@ def is_step(inputs: dict[str, Any]) -> bool:
 def counts_on_device(layer: Any) -> bool:
     """Whether a cache layer is a plain static one, with side data or without: no rolling window, no Python number."""
     return type(layer) in (StaticLayer, carrying(StaticLayer))
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache: one object, whatever exporting a model taught PyTorch to see in it."""
+    return isinstance(value, Cache)
 
 
 def copied(value: Any) -> Any:
@@ -189,14 +213,25 @@ def aside(run: Callable[[], Any], stream: torch.cuda.Stream | None) -> Any:
 
 
 def capture(run: Callable[[], Any], stream: torch.cuda.Stream | None) -> tuple[Callable[[], None], Any]:
-    """(what replays ``run()`` on the current stream, the tensors that it writes); nothing is run yet."""
+    """(what replays ``run()`` on the current stream, the tensors that it writes); nothing is run yet.
+
+    Older PyTorch refuses random numbers to all threads while it captures, and to everybody after a capture that failed,
+    whose memory it goes on taking for one being captured: it is shown a copy of the generator, and told of the end.
+    """
     assert stream is not None
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[stream.device.index]
     collecting = gc.isenabled()
     gc.disable()  # what it would free might have to wait for the device
 
     def run_captured() -> Any:
-        graph.capture_begin(capture_error_mode="thread_local")
+        with _swapping:
+            own = generator.graphsafe_get_state()
+            generator.graphsafe_set_state(generator.clone_state())
+            try:
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+            finally:
+                generator.graphsafe_set_state(own)
         try:
             return run()
         finally:
@@ -204,25 +239,29 @@ def capture(run: Callable[[], Any], stream: torch.cuda.Stream | None) -> tuple[C
 
     try:
         return graph.replay, aside(run_captured, stream)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        raise
     finally:
         if collecting:
             gc.enable()
 
 
-def default_cache(model: Any, settings: Any, mode: Any, batch: int, length: int) -> StaticCache | None:
+def default_cache(model: Any, settings: Any, batch: int, prompt: int, length: int) -> StaticCache | None:
     """The static cache with which a ``generate()`` that asks for none replays its steps, or None.
 
     Args:
-        settings: the call's ``GenerationConfig``; mode: its ``GenerationMode``.
-        batch: sequences; length: keys of each.
+        settings: the call's ``GenerationConfig``.
+        batch: sequences; prompt: keys of each to begin with; length: keys of each at most.
     """
     asked = settings.disable_compile or settings.compile_config is not None or settings.return_dict_in_generate
-    if asked or settings.is_assistant or mode not in MODES or not _suits(model):
+    if asked or settings.is_assistant or not _suits(model):
         return None
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
     if not all(map(counts_on_device, cache.layers)):
         return None
-    return cache if _fits(model, batch, length) else None
+    return cache if _fits(model, batch, prompt, length) else None
 
 
 def _suits(model: Any) -> bool:
@@ -231,13 +270,23 @@ def _suits(model: Any) -> bool:
     ours = model.device.type in CAPTURED and whole and getattr(model, "hf_quantizer", None) is None
     if not ours or model.training or not model._can_compile_fullgraph or "forward" in vars(model):
         return False
+    if _failures.get(model, 0) >= MOST_FAILURES or torch.is_autocast_enabled(model.device.type) or _is_hooked(model):
+        return False
     return not model.config.is_encoder_decoder and all(
         module.__dict__.get("_sah_recorder") is None and could_take(plan_of(module), module, model)
         for _, module in attention_modules(model)
     )
 
 
-def _fits(model: Any, batch: int, length: int) -> bool:
+def _is_hooked(model: Any) -> bool:
+    """Whether somebody's hooks are to be called at every step: a graph does not call them."""
+    everywhere = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+    held = everywhere + [vars(module)[name] for module in model.modules() for name in HOOKS]
+    hooks = [getattr(hook, "func", hook) for known in held for hook in known.values()]
+    return any(str(hook.__module__).partition(".")[0] not in KNOWN for hook in hooks)
+
+
+def _fits(model: Any, batch: int, prompt: int, length: int) -> bool:
     """Whether there is memory for all the keys that may come; ranks that share a model all say the same."""
     if model.device.type != "cuda":
         return True
@@ -251,4 +300,5 @@ def _fits(model: Any, batch: int, length: int) -> bool:
     if meshes:
         shares = (one.to_local() if hasattr(one, "to_local") else one for one in model.parameters())
         need, free = need // meshes[0].size(), total - sum(share.nbytes for share in shares)
-    return need <= MOST_OF_FREE * free
+    later = need * max(length - prompt, 0) // max(length, 1)
+    return need <= MOST_OF_FREE * free and later <= MOST_FOR_LATER * free

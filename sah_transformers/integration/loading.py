@@ -1,7 +1,7 @@
 """Where Transformers loads a model: the keyword ``sparse_attention`` is taken and the built model is checked; and where
 ``generate()`` makes its cache and compiles the model.
 
-Transformers has no entry point for plugins, so this wraps five methods of ``PreTrainedModel`` and one of
+Transformers has no entry point for plugins, so this wraps five methods of ``PreTrainedModel`` and two of
 ``GenerationMixin``. Each wrapper does nothing for a model that is not asked to be sparse.
 """
 
@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
-from sah_transformers.integration.cache import append_in_place
+from sah_transformers.integration.cache import AppendingCache, append_in_place
 from sah_transformers.integration.captured import CapturedSteps, CudaGraphConfig, default_cache
 from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
 from sah_transformers.integration.guards import once_per_call
@@ -43,6 +44,7 @@ def install() -> None:
     _wrap(PreTrainedModel, "_from_config", _from_config)
     _wrap(PreTrainedModel, "get_compiled_call", _get_compiled_call)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", _prepare_cache_for_generation)
+    _wrap(GenerationMixin, "_sample", _sample)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -118,13 +120,25 @@ def _prepare_cache_for_generation(
     users = generation_config.cache_implementation is not None or getattr(cache, "_is_user_defined", False)
     cache = getattr(cache, "self_attention_cache", cache)
     if type(cache) is DynamicCache and not users and not cache.offloading and _is_sparse(self):
-        sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        static = default_cache(self, generation_config, generation_mode, sequences, max_cache_length)
-        if static is None:
-            append_in_place(cache, max_cache_length)
-        else:
-            model_kwargs["past_key_values"], generation_config.compile_config = static, CudaGraphConfig()
+        append_in_place(cache, max_cache_length)
     return result
+
+
+def _sample(original: Callable[..., Any], self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own loop of greedy search and sampling, the only one that asks for nothing but steps."""
+    cache: Any = kwargs.get("past_key_values")
+    settings: Any = kwargs.get("generation_config")
+    users = settings is None or kwargs.get("synced_gpus") or getattr(cache, "_is_user_defined", False)
+    if type(cache) is AppendingCache and not users and cache.get_seq_length() == 0 and _is_sparse(self):
+        embeddings = kwargs.get("inputs_embeds")
+        prompt = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
+        most: list[Any] = [getattr(layer, "most", None) for layer in cache.layers]
+        static = default_cache(self, settings, len(input_ids), prompt, most[0]) if most and all(most) else None
+        if static is not None:
+            settings = copy.copy(settings)
+            settings.compile_config = CudaGraphConfig()
+            kwargs |= {"past_key_values": static, "generation_config": settings}
+    return original(self, input_ids, *args, **kwargs)
 
 
 def _get_compiled_call(original: Callable[..., Any], self: Any, compile_config: Any) -> Any:
