@@ -4,6 +4,7 @@ The stand-in runs the model at every replay, into the outputs that capturing gav
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -99,6 +100,13 @@ def cropped(model, ids, past_key_values, **_):
     token = model(ids, past_key_values=past_key_values).logits[:, -1:].argmax(-1)
     past_key_values.crop(-1)
     return torch.cat([ids, token], dim=1)
+
+
+def test_the_environment_stays_as_it_was(graphs, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    generate(sparse(), prompt(13))
+    assert graphs.replays
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 ELSEWHERE = {

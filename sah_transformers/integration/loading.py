@@ -7,9 +7,11 @@ Transformers has no entry point for plugins, so this wraps five methods of ``Pre
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from sah_transformers.integration.guards import once_per_call
 from sah_transformers.integration.models import attach, check_class, refuse
 
 MARK = "_sah_wrapper"
+
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def install() -> None:
@@ -138,7 +142,21 @@ def _sample(original: Callable[..., Any], self: Any, input_ids: torch.Tensor, *a
             settings = copy.copy(settings)
             settings.compile_config = CudaGraphConfig()
             kwargs |= {"past_key_values": static, "generation_config": settings}
+            with _kept(PARALLELISM):  # Transformers turns it off for compilers, which nobody starts
+                return original(self, input_ids, *args, **kwargs)
     return original(self, input_ids, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _kept(variable: str) -> Iterator[None]:
+    """An environment variable is afterwards as it was before."""
+    before = os.environ.get(variable)
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _get_compiled_call(original: Callable[..., Any], self: Any, compile_config: Any) -> Any:
