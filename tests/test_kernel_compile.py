@@ -175,6 +175,7 @@ def side_launches(
             span, length = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
             append.fold(side["low"], side["high"], keys, span, positions, selection.size)
             append.follow(length, span, positions, mask[:, 0].expand(B, -1), 1)
+            append.append_token(keys, keys, inputs.k[:, :, :1], inputs.v[:, :, :1], length)
     finally:
         pipeline.tuning_of, pipeline.Launcher, append.Direct = tuning_of, launcher, launch_once
     return recorded

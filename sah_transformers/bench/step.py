@@ -27,6 +27,7 @@ import sah_transformers
 from sah_transformers.bench.check import Checked, CheckFailed
 from sah_transformers.bench.suites import Case
 from sah_transformers.integration import AppendingCache, CudaGraphConfig
+from sah_transformers.integration.static_layer import one_launch_cache
 
 SHORT, STEPS, REPEATS = 4, {"cpu": 2, "cuda": 24}, 3
 """New tokens of the shorter generation, how many more the longer one has, and how often both are timed."""
@@ -40,7 +41,7 @@ MOST_ERROR = 5e-2
 PARTS = {
     "matrix products": r"gemm|gemv|cublas|nvjet|splitk|triton_tem|aten::(addmm|mm|bmm|linear)$",
     "attention": r"fmha|flash|sdpa|dot_product|(bands|merge|combine|gather\w*|stream)_kernel",
-    "cache": r"CatArray|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
+    "cache": r"CatArray|append_token|aten::cat|index_copy|index_put|Memcpy DtoD|copy_kernel|aten::copy_",
     "selection": r"(sample\w*|\w*score\w*|histogram\w*|threshold\w*|count|bounds|select\w*|follow|fold\w*|"
     r"line|\w*level\w*|edge|settle|hash|label|code|table|pieces|bucket)_kernel|topk|sort",
 }
@@ -239,8 +240,10 @@ def peak(case: Case, model: Any, keys: int) -> tuple[float, float]:
 def filled(case: Case, model: Any, way: Way, most: int, heads: slice = slice(None)) -> Any:
     """A cache of ``K`` random keys and values in every layer; the same for every way and rank."""
     config = model.config
-    if way.mode != GROWING:
-        cache: Any = StaticCache(config=config, max_cache_len=most)
+    if way.mode == REPLAYED:
+        cache: Any = one_launch_cache(config, most)
+    elif way.mode == COMPILED:
+        cache = StaticCache(config=config, max_cache_len=most)
     elif way.sparse:
         cache = AppendingCache(config=config, max_length=most)
     else:
@@ -308,6 +311,7 @@ def parts(decode: Any, tokens: int, kind: str) -> dict[str, float]:
     return times
 
 
+@functools.cache
 def part_of(name: str) -> str:
     """The part that a kernel's name says it belongs to."""
     order = ("attention", *PARTS)  # flash attention's names speak of products, too

@@ -31,6 +31,7 @@ from sah_transformers.integration.cache_state import carrying
 from sah_transformers.integration.models import attention_modules
 from sah_transformers.integration.operator import could_take
 from sah_transformers.integration.plan import plan_of
+from sah_transformers.integration.static_layer import OneLaunchLayer, one_launch_cache
 
 logger = logging.get_logger(__name__)
 
@@ -177,7 +178,7 @@ def is_step(inputs: dict[str, Any]) -> bool:
 
 def counts_on_device(layer: Any) -> bool:
     """Whether a cache layer is a plain static one, with side data or without: no rolling window, no Python number."""
-    return type(layer) in (StaticLayer, carrying(StaticLayer))
+    return type(layer) in (StaticLayer, carrying(StaticLayer), OneLaunchLayer, carrying(OneLaunchLayer))
 
 
 def is_cache(value: Any) -> bool:
@@ -258,7 +259,7 @@ def default_cache(model: Any, settings: Any, batch: int, prompt: int, length: in
     asked = settings.disable_compile or settings.compile_config is not None or settings.return_dict_in_generate
     if asked or settings.is_assistant or not _suits(model):
         return None
-    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    cache = one_launch_cache(model.config.get_text_config(decoder=True), length)
     if not all(map(counts_on_device, cache.layers)):
         return None
     return cache if _fits(model, batch, prompt, length) else None

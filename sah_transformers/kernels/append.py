@@ -29,6 +29,9 @@ _unbuildable: set[tuple[type, torch.device]] = set()
 FEW_KEYS = 16
 """New keys of padded sequences that one program folds into their pages one after the other."""
 
+MOST_AT_ONCE = 4096
+"""Numbers of a token's keys that one program copies, at most."""
+
 
 def in_place(
     masker: Masker,
@@ -146,6 +149,31 @@ def _write(
     elif isinstance(selection, Estimated):
         given = masker.given(context, keys.shape[3], keys.device)
         method_of(selection.estimate).append(buffers, keys, values, span, given)
+
+
+def append_token(
+    keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, length: torch.Tensor
+) -> None:
+    """Write a token behind the first ``length`` of a static cache's buffers, and count it.
+
+    Args:
+        keys: ``[B, G, capacity, D]``, values: ``[B, G, capacity, Dv]``, contiguous; length: int64, one element.
+        new_keys: ``[B, G, 1, D]``, new_values: ``[B, G, 1, Dv]``, the last dimension contiguous.
+    """
+    from sah_transformers.kernels.append_token import append_token_kernel
+
+    batch, groups, capacity, dim = keys.shape
+    rows, wide = batch * groups, values.shape[3]
+    tile = max(1, min(power_of_2(rows), MOST_AT_ONCE // power_of_2(max(dim, wide))))
+    programs = -(-rows // tile)
+    with on_device(keys):
+        Direct()(
+            append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity, groups,
+            *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim), BV=power_of_2(wide),
+            BR=tile, ALONE=programs == 1,
+        )  # fmt: skip
+    if programs > 1:
+        length.add_(1)
 
 
 def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:

@@ -43,22 +43,25 @@ def shift_of(shifts, n, begin, end, i, MASKED: tl.constexpr, SLOTS: tl.constexpr
 @triton.jit
 def keys_of(
     lists, slots, mask, o_u, o_j, listed, i_b, i_q, i_e, stride, tokens, shift, first_end, last_start, begin, head,
-    tail, banded, end, sm_b, sm_q, sm_k, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
+    tail, banded, end, sm_b, sm_q, sm_k, BENT: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(slots of the keys ``o_j`` of units ``o_u``, which of them the row attends to)."""
-    m_u, m_bent = o_u < listed, o_u * 0 + shift < 0
+    """(slots of the keys ``o_j`` of units ``o_u``, which of them the row attends to); ``BENT``: ``shift`` is -1."""
+    m_u = o_u < listed
     o_t = tl.load(lists + i_e.to(tl.int64) * stride + o_u, mask=m_u, other=0) * PAGE + o_j
     if SLOTS:
-        p_slot = slots + i_b.to(tl.int64) * tokens + o_t
-        o_t = tl.where(m_bent, tl.load(p_slot, mask=m_u & (o_j < PAGE) & m_bent, other=-1), o_t + shift)
+        if BENT:
+            p_slot = slots + i_b.to(tl.int64) * tokens + o_t
+            o_t = tl.load(p_slot, mask=m_u & (o_j < PAGE), other=-1)
+        else:
+            o_t += shift
     m_t = m_u & (o_j < PAGE) & (o_t >= tl.maximum(first_end, begin)) & (o_t < last_start)
     o_n = (o_u - listed) * WIDE + o_j
     o_k = tl.where(m_u, o_t, tl.where(o_n < head, begin + o_n, tail + o_n - head))
     m_k = (m_t | ((o_u >= listed) & (o_n < banded))) & (o_k < end)
-    if MASKED:
+    if BENT:
         p_mask = mask + i_b.to(tl.int64) * sm_b + i_q * sm_q + o_k.to(tl.int64) * sm_k
-        m_k = m_k & (tl.load(p_mask, mask=m_k & m_bent, other=1) != 0)
+        m_k = m_k & (tl.load(p_mask, mask=m_k, other=0) != 0)
     return o_k, m_k
 
 
@@ -111,25 +114,28 @@ def gather_head_kernel(
     b_acc = tl.zeros([BDV], tl.float32)
     b_total = tl.zeros([UNITS * WIDE], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
-    for start in range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS):
-        o_k, m_k = keys_of(
-            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, shift,
-            first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
-        )  # fmt: skip
-        if EVEN:
-            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
-        o_k = o_k[:, None].to(tl.int64)
-        b_k = tl.load(p_k + o_k * (sk_k * UNIT) + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-        b_v = tl.load(p_v + o_k * (sv_k * UNIT) + o_e[None, :], mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
-        b_s = capped(tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scaling, softcap, SOFTCAP)
-        b_s = tl.where(m_k, b_s, float("-inf"))
-        top = tl.maximum(peak, tl.max(b_s))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        b_w = weight_of(b_s - safe, PRECISE)
-        shrink = weight_of(peak - safe, PRECISE)
-        b_acc = b_acc * shrink + tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
-        b_total = b_total * shrink + b_w
-        peak = top
+    for BENT in tl.static_range(2 if MASKED else 1):  # one of the two: what is read for nothing waits all the same
+        if (shift < 0) if BENT else (shift >= 0):
+            for start in range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS):
+                o_k, m_k = keys_of(
+                    lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_r, stride, tokens, shift,
+                    first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, BENT, SLOTS, PAGE, WIDE,
+                )  # fmt: skip
+                if EVEN:
+                    m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
+                o_k = o_k[:, None].to(tl.int64)
+                p_kt, p_vt = p_k + o_k * (sk_k * UNIT) + o_d[None, :], p_v + o_k * (sv_k * UNIT) + o_e[None, :]
+                b_k = tl.load(p_kt, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+                b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
+                b_s = capped(tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scaling, softcap, SOFTCAP)
+                b_s = tl.where(m_k, b_s, float("-inf"))
+                top = tl.maximum(peak, tl.max(b_s))
+                safe = tl.where(top == float("-inf"), 0.0, top)
+                b_w = weight_of(b_s - safe, PRECISE)
+                shrink = weight_of(peak - safe, PRECISE)
+                b_acc = b_acc * shrink + tl.sum(b_w[:, None] * b_v.to(tl.float32), 0)
+                b_total = b_total * shrink + b_w
+                peak = top
     o_out = i_r.to(tl.int64) * splits + i_s
     tl.store(sums + o_out * DV + o_e, b_acc, mask=o_e < DV)
     tl.store(peaks + o_out, peak)
@@ -188,33 +194,35 @@ def gather_group_kernel(
     b_acc = tl.zeros([BM, BDV], tl.float32)
     b_zero = b_acc + scaling * 0.0  # not a constant: Triton would turn the sum of tiles into one chain
     b_peak, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    for start in tl.range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS, num_stages=STAGES):
-        o_k, m_k = keys_of(
-            lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, shift,
-            first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, MASKED, SLOTS, PAGE, WIDE,
-        )  # fmt: skip
-        if EVEN:
-            m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
-        p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
-        p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
-        b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
-        if PRECISE:
-            b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
-        else:
-            b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
-        b_s = tl.where(m_k[None, :], capped(b_s, softcap, SOFTCAP), float("-inf"))
-        b_top = tl.maximum(b_peak, tl.max(b_s, 1))
-        b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
-        b_w = weight_of(b_s - b_safe[:, None], PRECISE)
-        b_shrink = weight_of(b_peak - b_safe, PRECISE)
-        b_acc = b_acc * b_shrink[:, None]
-        if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
-            b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
-        else:
-            b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        b_total = b_total * b_shrink + tl.sum(b_w, 1)
-        b_peak = b_top
+    for BENT in tl.static_range(2 if MASKED else 1):
+        if (shift < 0) if BENT else (shift >= 0):
+            for start in tl.range(i_s * each, tl.minimum((i_s + 1) * each, units), UNITS, num_stages=STAGES):
+                o_k, m_k = keys_of(
+                    lists, slots, mask, start + o // WIDE, o % WIDE, listed, i_b, i_q, i_e, stride, tokens, shift,
+                    first_end, last_start, begin, head, tail, banded, end, sm_b, sm_q, sm_k, BENT, SLOTS, PAGE, WIDE,
+                )  # fmt: skip
+                if EVEN:
+                    m_k = m_k & (start + o // WIDE < (i_s + 1) * each)
+                p_kt = p_k + o_k[:, None].to(tl.int64) * (sk_k * UNIT)
+                p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_e[None, :]
+                b_v = tl.load(p_vt, mask=m_k[:, None] & (o_e < DV)[None, :], other=0.0)
+                if PRECISE:
+                    b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
+                else:
+                    b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+                    b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+                b_s = tl.where(m_k[None, :], capped(b_s, softcap, SOFTCAP), float("-inf"))
+                b_top = tl.maximum(b_peak, tl.max(b_s, 1))
+                b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
+                b_w = weight_of(b_s - b_safe[:, None], PRECISE)
+                b_shrink = weight_of(b_peak - b_safe, PRECISE)
+                b_acc = b_acc * b_shrink[:, None]
+                if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
+                    b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
+                else:
+                    b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+                b_total = b_total * b_shrink + tl.sum(b_w, 1)
+                b_peak = b_top
     o_out = ((i_bg * (H // G) + o_m) * Q + i_q).to(tl.int64) * splits + i_s
     tl.store(sums + o_out[:, None] * DV + o_e[None, :], b_acc, mask=m_m[:, None] & (o_e < DV)[None, :])
     tl.store(peaks + o_out, b_peak, mask=m_m)

@@ -25,10 +25,17 @@ def bent_pages(p_seen, p_held, o_p, length):
 
 
 @triton.jit
-def group_scores(scores, p_seen, i_r, m_h, o_p, length, stride, scaling, begin, own, bent):
-    """Scores of heads whose rows are ``i_r`` for the pages ``o_p`` that they see, but the ``own``."""
+def raw_scores(scores, i_e, i_h, o_p, length, stride, Q: tl.constexpr, HEADS: tl.constexpr, IN_GROUP: tl.constexpr):
+    """Scores of the heads from ``i_h`` on of a group's row ``i_e`` for the pages ``o_p``."""
+    o_h = i_h + tl.arange(0, HEADS)
+    i_r = ((i_e // Q) * IN_GROUP + o_h) * Q + i_e % Q
     p_s = scores + i_r[:, None].to(tl.int64) * stride + o_p[None, :]
-    b_s = tl.load(p_s, mask=m_h[:, None] & (o_p < length)[None, :], other=0.0)
+    return tl.load(p_s, mask=(o_h < IN_GROUP)[:, None] & (o_p < length)[None, :], other=0.0)
+
+
+@triton.jit
+def seen_scores(b_s, p_seen, o_p, length, scaling, begin, own, bent):
+    """Of scores for the pages ``o_p`` those that the row sees, but its ``own``; -inf elsewhere."""
     b_s = tl.where(((o_p >= begin) & (o_p < own))[None, :], b_s * scaling, float("-inf"))
     if bent:
         b_s = tl.where(tl.load(p_seen + o_p, mask=o_p < length, other=0)[None, :] > 0, b_s, float("-inf"))
@@ -116,6 +123,11 @@ def select_pages_kernel(
         length = stride
     start, stop, shift = 0, n, 0
     p_seen, p_held = slots, slots
+    ONCE: tl.constexpr = H // G <= HEADS
+    if GROUP and ONCE:  # on their way before it is known what the row sees
+        b_raw = raw_scores(scores, i_e, 0, o_p, length, stride, Q, HEADS, H // G)
+        if REST > 0:
+            b_raw_rest = raw_scores(scores, i_e, 0, o_rest, stride, stride, Q, HEADS, H // G)
     if MASKED:
         i = i_b * Q + i_q
         start, stop, shift = tl.load(limits + 3 * B * Q + i), tl.load(limits + 4 * B * Q + i), tl.load(shifts + i)
@@ -140,13 +152,15 @@ def select_pages_kernel(
         if REST > 0:
             b_v_rest = tl.zeros([REST], tl.float32)
         for i_h in range(0, H // G, HEADS):
-            o_h = i_h + tl.arange(0, HEADS)
-            m_h = o_h < H // G
-            i_r = ((i_e // Q) * (H // G) + o_h) * Q + i_q
-            b_s = group_scores(scores, p_seen, i_r, m_h, o_p, length, stride, scaling, seen, own, bent)
+            m_h = i_h + tl.arange(0, HEADS) < H // G
+            if not ONCE:
+                b_raw = raw_scores(scores, i_e, i_h, o_p, length, stride, Q, HEADS, H // G)
+                if REST > 0:
+                    b_raw_rest = raw_scores(scores, i_e, i_h, o_rest, stride, stride, Q, HEADS, H // G)
+            b_s = seen_scores(b_raw, p_seen, o_p, length, scaling, seen, own, bent)
             b_peak = tl.max(b_s, 1)
             if REST > 0:
-                b_s_rest = group_scores(scores, p_seen, i_r, m_h, o_rest, stride, stride, scaling, seen, own, bent)
+                b_s_rest = seen_scores(b_raw_rest, p_seen, o_rest, stride, scaling, seen, own, bent)
                 b_peak = tl.maximum(b_peak, tl.max(b_s_rest, 1))
             b_peak = tl.where(b_peak == float("-inf"), 0.0, b_peak)
             b_w = tl.exp(b_s - b_peak[:, None])
