@@ -64,6 +64,17 @@ def test_sequences_of_different_lengths_generate_what_they_do_alone():
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_a_clock_stops_nothing():
+    case, way, clock = tiny(), step.WAYS[0], step.Clock()
+    model = step.random_model(case, "cpu")
+    cache = step.filled(case, model, way, case.K + 8)
+    right = step.generate(case, model, cache, way, 5)
+    step.rewind(cache, case.K)
+    assert torch.equal(step.generate(case, model, cache, way, 5, stopping_criteria=[clock]), right)
+    assert len(clock.times) == 5
+    assert clock.between(1, 4) == clock.times[4] - clock.times[1]
+
+
 def test_prompts_are_read_alike_at_once_and_in_pieces():
     one = next(case for case in load_suite("smoke") if case.op == "prompt")
     result = run_case(one, SETUP)
@@ -108,10 +119,10 @@ def test_wrong_attention_is_not_timed(monkeypatch):
 def test_a_way_that_fails_leaves_the_others(monkeypatch):
     original = step.generate
 
-    def fails(case, model, cache, way, tokens):
+    def fails(case, model, cache, way, tokens, **options):
         if way.mode != step.GROWING or (isinstance(cache, DynamicCache) and not way.sparse):
             raise torch.OutOfMemoryError("too large")
-        return original(case, model, cache, way, tokens)
+        return original(case, model, cache, way, tokens, **options)
 
     monkeypatch.setattr(step, "generate", fails)
     step._dense_step.cache_clear()

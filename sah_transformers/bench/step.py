@@ -1,7 +1,7 @@
 """A whole decode step of ``generate()``: a Llama of random weights over a cache of random keys, sparse beside dense.
 
-Nothing is prefilled: the keys are written to the cache. A step's times are differences between two generations of
-different length, so that what happens once per call of ``generate()`` does not count.
+Nothing is prefilled: the keys are written to the cache. The first tokens of a call of ``generate()``, in which steps
+are captured, do not count: wall time is taken between later ones, the device's as the difference between two calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteria
 from transformers.generation import CompileConfig
 
 import sah_transformers
@@ -30,7 +30,7 @@ from sah_transformers.integration import AppendingCache, CudaGraphConfig
 from sah_transformers.integration.static_layer import one_launch_cache
 
 SHORT, STEPS, REPEATS = 4, {"cpu": 2, "cuda": 24}, 3
-"""New tokens of the shorter generation, how many more the longer one has, and how often both are timed."""
+"""New tokens that do not count, how many more do, and how often these are timed."""
 
 PROFILED = 8
 """At most so many more, where each kernel is told apart: that takes seconds per token."""
@@ -195,7 +195,8 @@ def _step(case: Case, model: Any, way: Way) -> Step:
     finally:
         for name in ("_compiled_call", "_last_compile_config"):
             model.__dict__.pop(name, None)
-        torch.compiler.reset()
+        if way.mode == COMPILED:
+            torch.compiler.reset()
         gc.collect()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -207,19 +208,19 @@ def measured(case: Case, model: Any, way: Way, heads: slice = slice(None)) -> St
     more = STEPS[kind]
     cache = filled(case, model, way, case.K + SHORT + more, heads)
 
-    def decode(tokens: int) -> torch.Tensor:
-        found = generate(case, model, cache, way, tokens)[:, case.K + 1 :]
+    def decode(tokens: int, **options: Any) -> torch.Tensor:
+        found = generate(case, model, cache, way, tokens, **options)[:, case.K + 1 :]
         rewind(cache, case.K)
         return found
 
-    first = decode(SHORT + more)  # compiles, captures, catches side data up
-    decode(SHORT)
+    first = decode(SHORT + more)  # compiles, catches side data up
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step = Step(tokens=first.flatten().tolist())
-    step.wall_ms = statistics.median(
-        (_seconds(decode, SHORT + more) - _seconds(decode, SHORT)) / more * 1e3 for _ in range(REPEATS)
-    )
+    clocks = [Clock() for _ in range(REPEATS)]
+    for clock in clocks:
+        decode(SHORT + more, stopping_criteria=[clock])
+    step.wall_ms = statistics.median(clock.between(SHORT - 1, SHORT + more - 1) / more * 1e3 for clock in clocks)
     if kind == "cuda":
         step.peak_gib, step.of_need = peak(case, model, case.K + SHORT + more)
     more = min(more, PROFILED)
@@ -290,10 +291,20 @@ def attention_mask(case: Case, device: Any) -> torch.Tensor:
     return (torch.arange(case.K + 1, device=device) >= first[:, None]).long()
 
 
-def _seconds(decode: Any, tokens: int) -> float:
-    start = time.perf_counter()
-    decode(tokens).tolist()  # waits for the device
-    return time.perf_counter() - start
+class Clock(StoppingCriteria):
+    """Notes when each token of a generation was chosen; stops nothing. The loop waits for each token by itself."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """No sequence is to stop: bool ``[B]``."""
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def between(self, first: int, last: int) -> float:
+        """Seconds between two tokens."""
+        return self.times[last] - self.times[first]
 
 
 def parts(decode: Any, tokens: int, kind: str) -> dict[str, float]:
