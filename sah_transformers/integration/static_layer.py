@@ -30,8 +30,8 @@ class OneLaunchLayer(StaticLayer):
         """Whether the kernel takes these."""
         if keys.shape[2] != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
-        held: Any = (self.keys, self.values)
-        fits = all(_kind(one) == _kind(new) for one, new in zip(held, (keys, values), strict=True))
+        pairs: Any = ((self.keys, keys), (self.values, values))
+        fits = all(_kind(held) == _kind(new) and held.is_contiguous() for held, new in pairs)
         return fits and keys.stride(3) == values.stride(3) == 1 and runs_kernels(keys)
 
 
