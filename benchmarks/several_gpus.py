@@ -1,11 +1,12 @@
 """A decode step over several GPUs (tensor parallel), beside one: do the tokens agree, and what is a step's time?
 
-python -m benchmarks.several_gpus [ranks] [cached tokens] [batch] [layers]
+python -m benchmarks.several_gpus [ranks] [cached tokens] [batch] [layers] [dtype]
 
 Sizes as Llama-3.1-8B with random weights; on a CPU a tiny model and gloo. The weights are saved once, into a temporary
 folder (TMPDIR chooses where; 16 GB), from which every rank loads its share. The cache holds random keys. Sparse steps
 are replayed as CUDA graphs, dense ones run as Transformers' own. Several devices add in another order than one: where
 their tokens differ first, it is told how far apart the two logits are, and how far those of one device and of several.
+In float32 (at 32,768 tokens, two sequences, say) there is hardly a tie that this decides.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def sizes() -> tuple[Any, ...]:
     return LARGE if torch.cuda.is_available() else SMALL
 
 
-def worker(folder: Path, cached: int, batch: int) -> None:
+def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
     """One rank: measure every stack, write what was found."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _, _, heads, groups, dim, dtype = sizes()
+    _, _, heads, groups, dim, _ = sizes()
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
@@ -59,7 +60,7 @@ def worker(folder: Path, cached: int, batch: int) -> None:
         model = model.to(device)
     share = slice(rank * groups // ranks, (rank + 1) * groups // ranks)
     maskers = (sah_transformers.CausalMaskerConfig(),)  # a case has some; the model's are the ones below
-    case = Case(suite="", name="", K=cached, B=batch, H=heads, G=groups, D=dim, maskers=maskers)
+    case = Case(suite="", name="", K=cached, B=batch, H=heads, G=groups, D=dim, maskers=maskers, dtype=dtype)
     found = {}
     for name, stack in STACKS.items():
         if stack:
@@ -113,21 +114,22 @@ def first_differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[
     return found
 
 
-def launch(folder: Path, ranks: int, cached: int, batch: int) -> list[dict[str, Any]]:
+def launch(folder: Path, ranks: int, cached: int, batch: int, dtype: str) -> list[dict[str, Any]]:
     """What each of so many ranks found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "benchmarks.several_gpus", "--worker", str(folder), str(cached), str(batch)]
+    command += ["-m", "benchmarks.several_gpus", "--worker", str(folder), str(cached), str(batch), dtype]
     subprocess.run(command, check=True)
     return [json.loads((folder / f"{rank}of{ranks}.json").read_text()) for rank in range(ranks)]
 
 
 def main() -> None:
     if "--worker" in sys.argv:
-        folder, cached, batch = sys.argv[sys.argv.index("--worker") + 1 :]
-        return worker(Path(folder), int(cached), int(batch))
-    given = [int(argument) for argument in sys.argv[1:]]
-    ranks, cached, batch, layers = [*given, *(2, 131_072, 4, 32)[len(given) :]]
-    intermediate, vocab, heads, groups, dim, dtype = sizes()
+        folder, cached, batch, dtype = sys.argv[sys.argv.index("--worker") + 1 :]
+        return worker(Path(folder), int(cached), int(batch), dtype)
+    intermediate, vocab, heads, groups, dim, usual = sizes()
+    given = sys.argv[1:]
+    *numbers, dtype = [*given, *("2", "131072", "4", "32", usual)[len(given) :]]
+    ranks, cached, batch, layers = map(int, numbers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +139,8 @@ def main() -> None:
         del model
         if device == "cuda":
             torch.cuda.empty_cache()
-        (one,) = launch(folder, 1, cached, batch)
-        several = launch(folder, ranks, cached, batch)
+        (one,) = launch(folder, 1, cached, batch, dtype)
+        several = launch(folder, ranks, cached, batch, dtype)
     rows, data = [], {}
     for stack, alone in one.items():
         together = [rank[stack] for rank in several]
@@ -162,7 +164,7 @@ def main() -> None:
         ])  # fmt: skip
     columns = ["stack", "wall, 1 (ms)", f"wall, {ranks}", "device, 1", f"device, {ranks}", "of ideal", "ranks agree"]
     columns += ["tokens as alone", "first differences: logits apart (1 or several)"]
-    shape = {"ranks": ranks, "cached": cached, "batch": batch, "layers": layers}
+    shape = {"ranks": ranks, "cached": cached, "batch": batch, "layers": layers, "dtype": dtype}
     publish(f"a decode step on {ranks} devices", columns, rows, {**shape, "stacks": data})
 
 
