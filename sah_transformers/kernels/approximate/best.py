@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.values import added_up, numbers_in, pivots_above, sortable
+from sah_transformers.kernels.decode.values import added_up, in_a_row, numbers_in, pivots_above, sortable
 
 NO_CANDIDATE = tl.constexpr(-0x80000000)
 
@@ -49,7 +49,7 @@ def cut_of(b_i, b_rest, room, candidates):
         b_above = added_up(pivots_above(b_x, low, shift.to(tl.uint32)), LANES)
         if b_rest is not None:
             b_more = added_up(pivots_above(b_rest.to(tl.uint32, bitcast=True), low, shift.to(tl.uint32)), LANES)
-            b_above += tl.reshape(b_more, (LANES,), can_reorder=True)
+            b_above += in_a_row(b_more)
         b_below = numbers_in(b_above, 8)  # ascending
         last = tl.max(tl.where(b_below <= count - room, b_below * 8 + o, 0))
         low += (last & 7).to(tl.uint32) << shift.to(tl.uint32)

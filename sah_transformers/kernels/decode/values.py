@@ -2,9 +2,11 @@
 
 import triton
 import triton.language as tl
+from packaging.version import Version
 
 REACHED = tl.constexpr(1e-6)  # a share this close below top_p counts as reached
 NEVER = tl.constexpr(1e-30)
+REORDERS = tl.constexpr(Version(triton.__version__) < Version("3.9"))  # from then on deprecated
 
 
 @triton.jit
@@ -85,13 +87,33 @@ def pivots_above(b_x, low, shift):
 
 
 @triton.jit
+def in_rows(b, ROWS: tl.constexpr):
+    """Numbers as ``[ROWS, n / ROWS]``, in whichever order costs nothing."""
+    if REORDERS:
+        b_rows = tl.reshape(b, (ROWS, b.numel // ROWS), can_reorder=True)
+    else:
+        b_rows = tl.reshape(b, (ROWS, b.numel // ROWS))
+    return b_rows
+
+
+@triton.jit
+def in_a_row(b):
+    """Numbers as ``[n]``, in whichever order costs nothing."""
+    if REORDERS:
+        b_row = tl.reshape(b, (b.numel,), can_reorder=True)
+    else:
+        b_row = tl.reshape(b, (b.numel,))
+    return b_row
+
+
+@triton.jit
 def added_up(b_above, LANES: tl.constexpr):
     """Words of `pivots_above` as ``LANES`` sums of them, in any order; zeros where there are more than words."""
     EACH: tl.constexpr = b_above.numel // LANES
     if EACH > 0:
-        b_sum = tl.sum(tl.reshape(b_above, (LANES, EACH), can_reorder=True), 1)
+        b_sum = tl.sum(in_rows(b_above, LANES), 1)
     else:
-        b_above = tl.reshape(b_above, (b_above.numel,), can_reorder=True)
+        b_above = in_a_row(b_above)
         o = tl.arange(0, LANES // b_above.numel)
         b_sum = tl.where(o[None, :] == 0, b_above[:, None], tl.zeros_like(b_above)[:, None])
     return b_sum
