@@ -264,13 +264,60 @@ def test_layers_that_are_ready_later_are_captured_then(graphs, monkeypatch):
     assert (graphs.captures, graphs.replays) == (1, 3)
 
 
+REPLAYED = {"cache_implementation": "static", "compile_config": CudaGraphConfig()}
+
+
 def test_models_that_take_more_are_not_captured(graphs):
     model = sparse()
     right = in_place(model)
     original = model.prepare_inputs_for_generation
     model.prepare_inputs_for_generation = lambda *args, **kwargs: {**original(*args, **kwargs), "more": object()}
-    assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert torch.equal(generate(model, IDS, attention_mask=PADDING, **REPLAYED), right)
     assert graphs.captures == 0
+
+
+def prompt_tuned(model, tokens=4):
+    """``model`` with virtual tokens before every prompt, put there as prompt tuning does."""
+    original, embed = model.prepare_inputs_for_generation, model.get_input_embeddings()
+    virtual = torch.randn(1, tokens, embed.weight.shape[1], generator=torch.Generator().manual_seed(0))
+
+    def prepare(ids, attention_mask=None, **kwargs):
+        inputs = {**original(ids, **kwargs), "attention_mask": None, "position_ids": None}
+        if int(kwargs["past_key_values"].get_seq_length()) == 0:
+            inputs["inputs_embeds"] = torch.cat([virtual, embed(inputs.pop("input_ids"))], dim=1)
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare
+    return model
+
+
+def test_tokens_that_the_cache_was_not_made_for(graphs):
+    """Prompt tuning is not replayed by default; asked to be, it says that the cache is full."""
+    model = prompt_tuned(sparse())
+    right = generate(model, prompt(13), new=12, disable_compile=True)
+    assert torch.equal(generate(model, prompt(13), new=12), right)
+    assert graphs.captures == 0
+    with pytest.raises(IndexError, match="the static cache is full: it has room for 24 tokens"):
+        generate(model, prompt(13), new=12, **REPLAYED)
+    assert graphs.captures == 1
+
+
+def test_a_token_that_no_kernel_can_append(graphs, monkeypatch, caplog):
+    """The static cache then appends it as PyTorch does, with one line in the log."""
+    from sah_transformers.integration import static_layer
+    from sah_transformers.kernels import append
+
+    model = sparse()
+    right = in_place(model)
+    scope = {"__name__": "triton.runtime.build"}
+    exec("class Direct:\n def __call__(self, *given, **constants):\n  raise RuntimeError('no compiler')", scope)
+    monkeypatch.setattr(append, "Direct", scope["Direct"])
+    monkeypatch.setattr(append, "_unbuildable", set())
+    monkeypatch.setattr(static_layer, "runs_kernels", lambda tensor: True)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(generate(model, IDS, attention_mask=PADDING), right)
+    assert graphs.replays == 6
+    assert caplog.text.count("tokens are appended to static caches by PyTorch: no compiler") == 1
 
 
 def test_a_cache_of_ones_own(graphs):

@@ -25,7 +25,7 @@ def launches(monkeypatch):
 
     def append_token(*given):
         counted.append(given)
-        original(*given)
+        return original(*given)
 
     monkeypatch.setattr(static_layer, "append_token", append_token)
     return counted

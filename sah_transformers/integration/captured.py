@@ -99,6 +99,7 @@ class CapturedSteps:
     Attributes:
         inputs: what the graph reads, by name; replay: runs it; outputs: what it writes.
         refused: why the last step that was run cannot be captured, or ""; reason: why none is to be from now on.
+        room: tokens that the cache still takes; unknown before the first step.
     """
 
     def __init__(self, model: Any):
@@ -108,11 +109,19 @@ class CapturedSteps:
         self.outputs: Any = None
         self.refused = ""
         self.reason = "" if model.device.type in CAPTURED else "no such device"
+        self.room: int | None = None
         self.stream = stream_on(model.device)
 
     def __call__(self, **inputs: Any) -> Any:
-        """What ``model(**inputs)`` gives."""
-        if self.reason or not is_step(inputs):
+        """What ``model(**inputs)`` gives.
+
+        Raises:
+            IndexError: a static cache is full.
+        """
+        if not is_step(inputs):
+            return self.model(**inputs)
+        self._count(inputs["past_key_values"])
+        if self.reason:
             return self.model(**inputs)
         if self.inputs is None:
             return self._first(inputs)
@@ -127,6 +136,15 @@ class CapturedSteps:
                 return self.model(**inputs)
         self.replay()
         return tree_map(copied, self.outputs, is_leaf=is_cache)
+
+    def _count(self, cache: StaticCache) -> None:
+        """A token comes. A graph would not notice that there is no room for it; asking the device is done once."""
+        layer: Any = cache.layers[0]
+        if self.room is None:
+            self.room = layer.max_cache_len - int(layer.get_seq_length())
+        if self.room <= 0:
+            raise IndexError(f"the static cache is full: it has room for {layer.max_cache_len} tokens")
+        self.room -= 1
 
     def left(self, reason: str) -> None:
         """A layer says that its call is no part of a graph, for now: it may lack keys for its codebooks."""
@@ -269,7 +287,8 @@ def _suits(model: Any) -> bool:
     """Whether a model's steps are the same work for every token, on one device (of each rank), by kernels."""
     whole = len(set((getattr(model, "hf_device_map", None) or {0: 0}).values())) == 1
     ours = model.device.type in CAPTURED and whole and getattr(model, "hf_quantizer", None) is None
-    if not ours or model.training or not model._can_compile_fullgraph or "forward" in vars(model):
+    replaced = {"forward", "prepare_inputs_for_generation"} & vars(model).keys()  # prompt tuning adds tokens there
+    if not ours or model.training or not model._can_compile_fullgraph or replaced:
         return False
     if _failures.get(model, 0) >= MOST_FAILURES or torch.is_autocast_enabled(model.device.type) or _is_hooked(model):
         return False

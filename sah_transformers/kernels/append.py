@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from transformers.cache_utils import StaticLayer
 
 from sah_transformers.kernels.approximate.methods import METHODS, method_of
 from sah_transformers.kernels.approximate.place import Direct, Span
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _unbuildable: set[tuple[type, torch.device]] = set()
+"""Classes of maskers, and of cache layers, whose kernels no device of theirs can run."""
 
 FEW_KEYS = 16
 """New keys of padded sequences that one program folds into their pages one after the other."""
@@ -153,27 +155,39 @@ def _write(
 
 def append_token(
     keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, length: torch.Tensor
-) -> None:
+) -> bool:
     """Write a token behind the first ``length`` of a static cache's buffers, and count it.
+
+    A token behind a full buffer is counted, not written. False, with nothing done, where the kernel cannot be built.
 
     Args:
         keys: ``[B, G, capacity, D]``, values: ``[B, G, capacity, Dv]``, contiguous; length: int64, one element.
         new_keys: ``[B, G, 1, D]``, new_values: ``[B, G, 1, Dv]``, the last dimension contiguous.
     """
-    from sah_transformers.kernels.append_token import append_token_kernel
-
+    if (StaticLayer, keys.device) in _unbuildable:
+        return False
     batch, groups, capacity, dim = keys.shape
     rows, wide = batch * groups, values.shape[3]
     tile = max(1, min(power_of_2(rows), MOST_AT_ONCE // power_of_2(max(dim, wide))))
     programs = -(-rows // tile)
-    with on_device(keys):
-        Direct()(
-            append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity, groups,
-            *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim), BV=power_of_2(wide),
-            BR=tile, ALONE=programs == 1,
-        )  # fmt: skip
+    try:
+        from sah_transformers.kernels.append_token import append_token_kernel
+
+        with on_device(keys):
+            Direct()(
+                append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity,
+                groups, *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim),
+                BV=power_of_2(wide), BR=tile, ALONE=programs == 1,
+            )  # fmt: skip
+    except Exception as error:
+        if not cannot_be_built(error):
+            raise
+        logger.warning("tokens are appended to static caches by PyTorch: %s", error)
+        _unbuildable.add((StaticLayer, keys.device))
+        return False
     if programs > 1:
         length.add_(1)
+    return True
 
 
 def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:

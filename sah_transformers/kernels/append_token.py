@@ -1,4 +1,4 @@
-"""One token's keys and values into the buffers of a static cache: one launch, where PyTorch's operations take five."""
+"""One token's keys and values into the buffers of a static cache: a launch, where PyTorch's operations take five."""
 
 import triton
 import triton.language as tl
