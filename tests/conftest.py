@@ -12,6 +12,11 @@ from transformers.utils import logging
 
 from sah_transformers import MaskerRegistry
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.speed_up()
+
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
