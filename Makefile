@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-5.17
 COMPILE := -m pytest -n 2 -m slow -k every_kernel tests/test_kernel_compile.py tests/test_prefill_compile.py tests/test_approximate_compile.py
-PIP := -m pip install --quiet --disable-pip-version-check
+# What is not imported is not compiled to bytecode either.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test slow test-oldest compile lint types bench install clean
+.PHONY: help demo test slow test-oldest compile lint types bench install install-all clean
 
 help:
 	@echo "make demo         a real model finds a hidden number, dense and sparse (minutes, CPU)"
@@ -46,6 +47,8 @@ bench: install
 	$(BIN)/python -m benchmarks.decode_step
 
 install: .venv/installed
+
+install-all: install $(OLDEST)/installed
 
 # torch alone and first: whatever pip resolves later finds it there, in the build that the machine's index offers.
 .venv/torch: constraints.txt

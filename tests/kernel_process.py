@@ -32,6 +32,7 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     environment = {**os.environ, "TRITON_INTERPRET": "1", **({"SAH_POISON": "1"} if poison else {})}
     # NumPy multiplies matrices there. OpenBLAS's kernels for AVX2 round equal columns differently, this one never:
     environment.setdefault("OPENBLAS_CORETYPE", "Nehalem")
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, file]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -166,8 +166,14 @@ def test_a_sequence_cut_back_by_hand(method, back):
     check_side_data(model, cache, torch.tensor([0]))
 
 
-@BOTH
-@pytest.mark.parametrize("method", ["quest", "pq_cache"])
+@pytest.mark.parametrize(
+    ("method", "prefill"),
+    mostly_slow(
+        [(method, prefill) for method in ("quest", "pq_cache") for prefill in ("same", "dense")],
+        ("quest", "dense"),
+        ("pq_cache", "same"),
+    ),
+)
 def test_prompts_in_chunks(method, prefill):
     """Compiled by Transformers as well; what is not known to be a step leaves the graph."""
     model, options = sparse({"maskers": stack(method), "prefill": prefill}), {"prefill_chunk_size": 11}
