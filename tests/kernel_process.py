@@ -39,6 +39,13 @@ def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     assert " passed" in result.stdout
 
 
+def in_triton(message, kind=RuntimeError):
+    """A function that raises out of a frame of Triton's."""
+    scope = {"__name__": "triton.backends.somewhere", "kind": kind, "message": message}
+    exec("def fail(*arguments, **constants):\n    raise kind(message)", scope)
+    return scope["fail"]
+
+
 def mostly_slow(values, *usual):
     """Parameters, tuples of several or single ones, of which all but the ``usual`` are left to the slow tests."""
 

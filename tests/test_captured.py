@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from kernel_process import in_triton
 from method_files import DEFAULTS, fit
 from sparse_models import OTHER_STACK, STACK, generate, left_padded, prompt, sparse
 from transformers import StaticCache
@@ -302,6 +303,22 @@ def test_tokens_that_the_cache_was_not_made_for(graphs):
     assert graphs.captures == 1
 
 
+@torch.no_grad()
+def test_the_room_of_a_cache_that_is_used_again(graphs):
+    """It is asked for anew: after a reset, and after tokens that came several at once."""
+    model = sparse()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    steps = captured.CapturedSteps(model)
+    for first, more in ((5, 3), (5, 3), (1, 7), (1, 2)):
+        cache.reset()
+        steps(input_ids=prompt(first), past_key_values=cache)
+        for _ in range(more):
+            steps(input_ids=prompt(1), past_key_values=cache)
+    steps(input_ids=prompt(5), past_key_values=cache)
+    with pytest.raises(IndexError, match="full: it has room for 8"):
+        steps(input_ids=prompt(1), past_key_values=cache)
+
+
 def test_a_token_that_no_kernel_can_append(graphs, monkeypatch, caplog):
     """The static cache then appends it as PyTorch does, with one line in the log."""
     from sah_transformers.integration import static_layer
@@ -309,9 +326,7 @@ def test_a_token_that_no_kernel_can_append(graphs, monkeypatch, caplog):
 
     model = sparse()
     right = in_place(model)
-    scope = {"__name__": "triton.runtime.build"}
-    exec("class Direct:\n def __call__(self, *given, **constants):\n  raise RuntimeError('no compiler')", scope)
-    monkeypatch.setattr(append, "Direct", scope["Direct"])
+    monkeypatch.setattr(append, "Direct", lambda: in_triton("no compiler"))
     monkeypatch.setattr(append, "_unbuildable", set())
     monkeypatch.setattr(static_layer, "runs_kernels", lambda tensor: True)
     with caplog.at_level("WARNING"):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_process import in_triton
 
 from sah_transformers.kernels import decode, dispatch, prefill, select
 from sah_transformers.kernels.approximate import place
@@ -43,13 +44,6 @@ def fresh(monkeypatch):
     monkeypatch.setattr(prefill, "prefill", lambda call: "prefilled")
     monkeypatch.setattr(select, "why_not", lambda call: "")
     monkeypatch.setattr(select, "select_mask", lambda call: "selected")
-
-
-def in_triton(message, kind=RuntimeError):
-    """A function that raises out of a frame of Triton's."""
-    scope = {"__name__": "triton.backends.somewhere", "kind": kind, "message": message}
-    exec("def fail(*arguments):\n    raise kind(message)", scope)
-    return scope["fail"]
 
 
 def test_auto_takes_the_kernels_on_cuda():

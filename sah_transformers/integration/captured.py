@@ -99,7 +99,7 @@ class CapturedSteps:
     Attributes:
         inputs: what the graph reads, by name; replay: runs it; outputs: what it writes.
         refused: why the last step that was run cannot be captured, or ""; reason: why none is to be from now on.
-        room: tokens that the cache still takes; unknown before the first step.
+        room: tokens that the cache surely takes before its length has to be asked for.
     """
 
     def __init__(self, model: Any):
@@ -109,7 +109,7 @@ class CapturedSteps:
         self.outputs: Any = None
         self.refused = ""
         self.reason = "" if model.device.type in CAPTURED else "no such device"
-        self.room: int | None = None
+        self.room = 0
         self.stream = stream_on(model.device)
 
     def __call__(self, **inputs: Any) -> Any:
@@ -119,6 +119,7 @@ class CapturedSteps:
             IndexError: a static cache is full.
         """
         if not is_step(inputs):
+            self.room = 0
             return self.model(**inputs)
         self._count(inputs["past_key_values"])
         if self.reason:
@@ -138,9 +139,9 @@ class CapturedSteps:
         return tree_map(copied, self.outputs, is_leaf=is_cache)
 
     def _count(self, cache: StaticCache) -> None:
-        """A token comes. A graph would not notice that there is no room for it; asking the device is done once."""
+        """A token comes. A graph would not notice that there is no room for it; the device is seldom asked."""
         layer: Any = cache.layers[0]
-        if self.room is None:
+        if self.room <= 0:
             self.room = layer.max_cache_len - int(layer.get_seq_length())
         if self.room <= 0:
             raise IndexError(f"the static cache is full: it has room for {layer.max_cache_len} tokens")

@@ -13,7 +13,7 @@ from sah_transformers.kernels.append import append_token, runs_kernels
 
 class OneLaunchLayer(StaticLayer):
     """A ``StaticLayer`` to which a token is appended by a launch (of big batches two), not five, on a GPU and outside
-    compiled code. A GPU does not notice that it is full: who counts on the host does."""
+    compiled code. That it is full only `CapturedSteps` notices, which counts on the host."""
 
     _layer_type = None  # Transformers would register the class for new caches
 
@@ -21,17 +21,12 @@ class OneLaunchLayer(StaticLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write ``key_states [B, G, n, D]`` and ``value_states [B, G, n, Dv]`` in place; the whole buffers."""
-        if not self._appends(key_states, value_states):
+        keys, values = self.keys, self.values
+        if keys is None or values is None or not self._is_token(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
-
-    def _appends(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether the kernel could append these, and has."""
-        if self.keys is None or self.values is None or not self._is_token(keys, values):
-            return False
-        return append_token(self.keys, self.values, keys, values, self.cumulative_length)
+        if not append_token(keys, values, key_states, value_states, self.cumulative_length):
+            return super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
     def _is_token(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether the kernel takes these."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _unbuildable: set[tuple[type, torch.device]] = set()
-"""Classes of maskers, and of cache layers, whose kernels no device of theirs can run."""
+"""Whose kernels cannot be built where: classes of maskers and of cache layers, with a device."""
 
 FEW_KEYS = 16
 """New keys of padded sequences that one program folds into their pages one after the other."""
@@ -108,14 +108,21 @@ def attempt(masker: Masker, keys: torch.Tensor, context: Context, run: Callable[
     finds that they cannot be built here: the log says so once."""
     if not _may_launch(masker, keys, context):
         return None
+    what = f"side data of {type(masker).__name__} are written"
+    return _built(type(masker), keys, what, run, fallback=context.kernel == "auto")
+
+
+def _built(kind: type, keys: torch.Tensor, what: str, run: Callable[[], T], fallback: bool = True) -> T | None:
+    """What ``run`` returns on the device of ``keys``; None, with a line in the log, where ``kind``'s kernels cannot be
+    built there and PyTorch may be the ``fallback``."""
     try:
         with on_device(keys):
             return run()
     except Exception as error:
-        if context.kernel != "auto" or not cannot_be_built(error):
+        if not fallback or not cannot_be_built(error):
             raise
-        logger.warning("side data of %s are written by PyTorch: %s", type(masker).__name__, error)
-        _unbuildable.add((type(masker), keys.device))
+        logger.warning("%s by PyTorch: %s", what, error)
+        _unbuildable.add((kind, keys.device))
         return None
 
 
@@ -170,24 +177,20 @@ def append_token(
     rows, wide = batch * groups, values.shape[3]
     tile = max(1, min(power_of_2(rows), MOST_AT_ONCE // power_of_2(max(dim, wide))))
     programs = -(-rows // tile)
-    try:
+
+    def run() -> bool:
         from sah_transformers.kernels.append_token import append_token_kernel
 
-        with on_device(keys):
-            Direct()(
-                append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity,
-                groups, *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim),
-                BV=power_of_2(wide), BR=tile, ALONE=programs == 1,
-            )  # fmt: skip
-    except Exception as error:
-        if not cannot_be_built(error):
-            raise
-        logger.warning("tokens are appended to static caches by PyTorch: %s", error)
-        _unbuildable.add((StaticLayer, keys.device))
-        return False
-    if programs > 1:
-        length.add_(1)
-    return True
+        Direct()(
+            append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity, groups,
+            *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim), BV=power_of_2(wide),
+            BR=tile, ALONE=programs == 1,
+        )  # fmt: skip
+        if programs > 1:
+            length.add_(1)
+        return True
+
+    return _built(StaticLayer, keys, "tokens are appended to static caches", run) or False
 
 
 def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:
