@@ -6,7 +6,9 @@ Sizes as Llama-3.1-8B with random weights; on a CPU a tiny model and gloo. The w
 folder (TMPDIR chooses where; 16 GB), from which every rank loads its share. The cache holds random keys. Sparse steps
 are replayed as CUDA graphs, dense ones run as Transformers' own. Several devices add in another order than one: where
 their tokens differ first, it is told how far apart the two logits are, and how far those of one device and of several.
-In float32 (at 32,768 tokens, two sequences, say) there is hardly a tie that this decides.
+In float32 (at 32,768 tokens, two sequences, say, or with a few layers) there is hardly a tie that this decides.
+Where there are fewer GPUs than ranks these share them through gloo, uncaptured: then tokens say something, times
+nothing.
 """
 
 from __future__ import annotations
@@ -51,9 +53,14 @@ def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
     """One rank: measure every stack, write what was found."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _, _, heads, groups, dim, _ = sizes()
-    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    device, shared = "cpu", False
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+        devices = torch.cuda.device_count()
+        shared, place = devices < ranks, rank % devices
+        device = f"cuda:{place}"
+        torch.cuda.set_device(place)
+        if shared:
+            share_gpus()
     how: dict[str, Any] = {"tp_plan": "auto"} if ranks > 1 else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
     if ranks == 1:
@@ -65,7 +72,7 @@ def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
     for name, stack in STACKS.items():
         if stack:
             sah_transformers.enable(model, stack)
-        way = Way(True, REPLAYED) if stack else Way(False, GROWING)
+        way = Way(True, REPLAYED) if stack and not shared else Way(bool(stack), GROWING)
         step = measured(case, model, way, share)
         free(device)
         best = best_logits(case, model, way, share)
@@ -78,6 +85,26 @@ def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
     (folder / f"{rank}of{ranks}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def share_gpus(kind: str = "CUDA") -> None:
+    """Connect ranks of which several have the same GPU, which NCCL refuses. Nothing of it can be captured.
+
+    PyTorch's gloo crashes where it gathers tensors of a GPU into one (pytorch/pytorch#152645): that goes by the host.
+    """
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % max(1, torch.cuda.device_count()))
+    torch.distributed.init_process_group("gloo")
+
+    def gather(given: torch.Tensor, size: int, name: str) -> torch.Tensor:
+        here = given.cpu().contiguous()
+        parts = [torch.empty_like(here) for _ in range(size)]
+        torch.distributed.all_gather(parts, here)
+        return torch.cat(parts).to(given.device)
+
+    _gathering.impl("all_gather_into_tensor", gather, kind)
+
+
+_gathering = torch.library.Library("_c10d_functional", "IMPL")
 
 
 def free(device: str) -> None:

@@ -29,9 +29,10 @@ DEVICES = torch.cuda.device_count()
     [
         (2, 4, 2, ""),
         (4, 8, 4, ""),
+        pytest.param(2, 4, 2, "0", marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 1, reason="needs a GPU")]),
         pytest.param(2, 4, 2, "0,1", marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 2, reason="needs 2 GPUs")]),
     ],
-    ids=["2 ranks", "4 ranks", "2 GPUs"],
+    ids=["2 ranks", "4 ranks", "2 ranks on a GPU", "2 GPUs"],
 )
 def test_ranks_generate_what_one_process_does(tmp_path, ranks, heads, groups, gpus):
     sizes = {"num_attention_heads": heads, "num_key_value_heads": groups}

@@ -82,13 +82,20 @@ def _measured(case: Case, model: Any, piece: int | None) -> Prompt:
     size = (case.B, case.K)
     ids = torch.randint(1, model.config.vocab_size, size, generator=generator, device=model.device)
     if cuda:
+        _first_token(model, ids[:, : 2 * PIECE], piece)  # kernels are compiled and loaded once
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, prefill_chunk_size=piece
-    )
-    token = int(out[0, -1])  # waits for the device
+    token = _first_token(model, ids, piece)
     prompt = Prompt(time.perf_counter() - start, token=token)
     if cuda:
         prompt.peak_gib, prompt.of_need = peak(case, model, case.K)
     return prompt
+
+
+def _first_token(model: Any, ids: torch.Tensor, piece: int | None) -> int:
+    """Of the first sequence behind ``ids``; waits for the device."""
+    ones = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=ones, max_new_tokens=1, do_sample=False, prefill_chunk_size=piece)
+    return int(out[0, -1])
