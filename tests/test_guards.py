@@ -15,8 +15,6 @@ import sah_transformers
 from sah_transformers.integration import guards
 from sah_transformers.integration.guards import FILTER, MOST_CHANGES, ModelGuards
 
-pytestmark = pytest.mark.core
-
 IDS, PADDING = left_padded([prompt(13), prompt(7, seed=1)])
 QUEST = [{"type": "sink", "sink_size": 1}, {"type": "quest", "heavy_size": 4, "page_size": 2}]
 
@@ -71,6 +69,7 @@ def kept_by(model, monkeypatch):
     return found
 
 
+@pytest.mark.core
 def test_parameters_and_modules_are_not_looked_at_for_each_token(monkeypatch):
     model = sparse(QUEST)
     kept = kept_by(model, monkeypatch)
@@ -139,12 +138,13 @@ def dense(model):
 
 
 CHANGES = [
-    another_scaling, another_epsilon, another_module, another_type, another_weight, one_layer_less, a_hook,
-    a_weight_without_strides, another_forward, another_stack, dense,
+    another_scaling, another_epsilon, another_module, another_type,
+    pytest.param(another_weight, marks=pytest.mark.core), one_layer_less, a_hook, a_weight_without_strides,
+    another_forward, pytest.param(another_stack, marks=pytest.mark.core), dense,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_model_is_noticed(change):
     model = sparse(STACK)
     before = run(model)
@@ -170,6 +170,7 @@ def test_an_attribute_that_was_missing():
     assert torch.equal(run(model), eager(model))
 
 
+@pytest.mark.core
 def test_side_data_after_a_change():
     model = sparse(QUEST)
     run(model)
@@ -214,6 +215,7 @@ def _inductor_by_steps(monkeypatch):
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, graph, inputs: graph.forward)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("_inductor_by_steps")
 def test_models_that_share_layers():
     one, other = sparse(STACK), sparse(STACK)
@@ -265,6 +267,7 @@ class Factor(torch.nn.Module):
         return hidden * {"long": 2, "short": 1}[self.factor]
 
 
+@pytest.mark.core
 def test_a_model_that_a_prompt_changes():
     model = sparse(STACK)
     model.model.layers[0].mlp.act_fn = Factor()
@@ -339,6 +342,7 @@ def test_a_model_that_changes_between_all_calls(monkeypatch):
     assert not asked
 
 
+@pytest.mark.core
 def test_configurations_are_no_changes_of_the_model():
     model = sparse(STACK)
     for size in range(1, MOST_CHANGES + 3):
@@ -348,6 +352,7 @@ def test_configurations_are_no_changes_of_the_model():
     assert FILTER in model._last_compile_config.options
 
 
+@pytest.mark.core
 def test_the_users_filter_and_mode_stay():
     model = sparse(STACK)
     asked = []
@@ -372,6 +377,7 @@ def test_the_users_filter_and_mode_stay():
     assert settings.options == {**plain, "triton.cudagraph_trees": True}
 
 
+@pytest.mark.core
 def test_a_dense_model_is_compiled_as_ever(monkeypatch):
     model = sah_transformers.disable(sparse(STACK))
     monkeypatch.setattr(guards, "once_per_call", None)
@@ -382,6 +388,7 @@ class Owner:
     pass
 
 
+@pytest.mark.core
 def test_nothing_of_a_call_is_held_on_to():
     """PyTorch evaluates what a guard is about, and keeps the owner of an attribute that is not there."""
     names = torch._dynamo.guards._get_closure_vars()
