@@ -28,7 +28,7 @@ def _fresh():
 
 
 def compiled(**settings):
-    config = CompileConfig(**{"backend": "aot_eager", "mode": None, **settings})
+    config = CompileConfig(**{"backend": "eager", "mode": None, **settings})
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
 
