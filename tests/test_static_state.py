@@ -134,7 +134,7 @@ def steps(model, cache, ids, run=None):
 def test_eager_and_compiled_steps_take_turns(method):
     """The host does not see what compiled steps append; a question of several tokens is read eagerly in between."""
     model = sparse({"maskers": stack(method), "prefill": "dense"})
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     cache, truth = static(model), DynamicCache()
     more, question = prompt(9, seed=2), prompt(4, seed=5)
     for one in (cache, truth):
@@ -151,7 +151,7 @@ def test_eager_and_compiled_steps_take_turns(method):
 def test_a_sequence_cut_back_by_hand(method, back):
     """Where `cumulative_length` is taken back, which is all that there is to a static cache's crop."""
     model = sparse(stack(method))
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     cache, truth = static(model), DynamicCache()
     ids = prompt(13)
     for one in (cache, truth):
@@ -207,7 +207,7 @@ def test_codebooks_are_those_of_a_whole_prompt_however_it_was_read(options):
 @quick_methods
 def test_copies_of_a_cache_go_their_own_ways(method, how):
     model = sparse(stack(method))
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     cache, truth = static(model), DynamicCache()
     for one in (cache, truth):
         logits(model, prompt(13), past_key_values=one)
@@ -229,7 +229,7 @@ def test_another_stack_on_the_same_cache():
     """Side data of the stack before are dropped; those of the new one are made of the keys that are there."""
     model = sparse(stack("quest"))
     cache, truth = static(model), DynamicCache()
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     for name in ("quest", "socket", "double_sparsity", "quest"):
         sah_transformers.enable(model, stack(name))
         more = prompt(4, seed=3)
@@ -246,7 +246,7 @@ def test_a_prompt_in_inference_mode(method):
     logits(model, prompt(22), past_key_values=truth)
     with torch.inference_mode():
         model(input_ids=prompt(22), past_key_values=cache)
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     more = prompt(5, seed=2)
     assert torch.equal(steps(model, cache, more[:, :2]), steps(model, truth, more[:, :2]))
     assert torch.equal(steps(model, cache, more[:, 2:], run), steps(model, truth, more[:, 2:]))
@@ -258,7 +258,7 @@ def test_parts_of_a_stack_on_the_same_cache():
     several = [*stack("quest"), METHODS["quest"] | {"page_size": 2}, METHODS["socket"]]
     model = sparse(several)
     cache, truth = static(model), DynamicCache()
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="eager")
     for part in (several, several[::-1], several[1:], several[:-1]):
         sah_transformers.enable(model, part)
         more = prompt(4, seed=3)
