@@ -6,7 +6,7 @@ COMPILE := -m pytest -n 2 -m slow -k every_kernel tests/test_kernel_compile.py t
 # What is not imported is not compiled to bytecode either.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test slow test-oldest compile lint types bench install install-all clean
+.PHONY: help demo test slow test-oldest compile compile-newest compile-oldest lint types bench install install-oldest clean
 
 help:
 	@echo "make demo         a real model finds a hidden number, dense and sparse (minutes, CPU)"
@@ -27,11 +27,15 @@ test: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
-test-oldest: $(OLDEST)/installed
+test-oldest: install-oldest
 	$(OLDEST)/bin/python -m pytest -m "core and not slow" -n auto --maxprocesses 4 -p no:cacheprovider
 
-compile: install $(OLDEST)/installed
+compile: compile-newest compile-oldest
+
+compile-newest: install
 	KERNEL_FORMS=usual $(BIN)/python $(COMPILE)
+
+compile-oldest: install-oldest
 	KERNEL_FORMS=usual $(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
 
 lint: install types
@@ -48,7 +52,7 @@ bench: install
 
 install: .venv/installed
 
-install-all: install $(OLDEST)/installed
+install-oldest: $(OLDEST)/installed
 
 # torch alone and first: whatever pip resolves later finds it there, in the build that the machine's index offers.
 .venv/torch: constraints.txt

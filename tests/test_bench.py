@@ -244,7 +244,8 @@ def test_a_wrong_kernel_fails(monkeypatch):
 
 def test_an_error_fails_its_case_alone(monkeypatch):
     monkeypatch.setattr(run, "check_mask", lambda *a: 1 / 0)
-    data = last_line(sah_bench("smoke", "--device", "cpu", "--only", "top-k", code=1))
+    data = last_line(sah_bench("smoke", "--device", "cpu", "--only", "Q=K", code=1))
+    assert {one["op"] for one in data["cases"]} == {"attention", "add_mask"}
     for one in data["cases"]:
         assert (one["status"] == "FAILED") == (one["op"] == "add_mask")
 

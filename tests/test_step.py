@@ -24,7 +24,7 @@ def tiny(*maskers, **fields):
 
 
 def test_the_command(tmp_path):
-    result = sah_bench("smoke", "--device", "cpu", "--only", "step")
+    result = sah_bench("smoke", "--device", "cpu", "--only", "step top-k 5 %,")
     data = last_line(result)["cases"][0]
     assert set(data["steps"]) == {way.name for way in step.WAYS}
     for way in data["steps"].values():
