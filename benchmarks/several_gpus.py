@@ -60,7 +60,7 @@ def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
         device = f"cuda:{place}"
         torch.cuda.set_device(place)
         if shared:
-            share_gpus()
+            share_gpus(place)
     how: dict[str, Any] = {"tp_plan": "auto"} if ranks > 1 else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
     if ranks == 1:
@@ -87,12 +87,13 @@ def worker(folder: Path, cached: int, batch: int, dtype: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def share_gpus(kind: str = "CUDA") -> None:
-    """Connect ranks of which several have the same GPU, which NCCL refuses. Nothing of it can be captured.
+def share_gpus(place: int) -> None:
+    """Connect ranks, this one on GPU ``place``, of which several have the same: NCCL refuses that, and gloo cannot be
+    captured.
 
     PyTorch's gloo crashes where it gathers tensors of a GPU into one (pytorch/pytorch#152645): that goes by the host.
     """
-    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % max(1, torch.cuda.device_count()))
+    os.environ["LOCAL_RANK"] = str(place)
     torch.distributed.init_process_group("gloo")
 
     def gather(given: torch.Tensor, size: int, name: str) -> torch.Tensor:
@@ -101,7 +102,7 @@ def share_gpus(kind: str = "CUDA") -> None:
         torch.distributed.all_gather(parts, here)
         return torch.cat(parts).to(given.device)
 
-    _gathering.impl("all_gather_into_tensor", gather, kind)
+    _gathering.impl("all_gather_into_tensor", gather, "CUDA")
 
 
 _gathering = torch.library.Library("_c10d_functional", "IMPL")

@@ -30,7 +30,7 @@ def speed_up():
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     core._unwrap_if_constexpr = tl._unwrap_if_constexpr = _unwrap(core._unwrap_if_constexpr)
-    TritonSemantic.binary_op_type_checking_impl = Operands(TritonSemantic.binary_op_type_checking_impl).checked
+    TritonSemantic.binary_op_type_checking_impl = _checked(TritonSemantic.binary_op_type_checking_impl)
     TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)
     TritonSemantic.cast = _cast(TritonSemantic.cast)
     interpreter.TensorHandle.__init__ = _handle
@@ -94,39 +94,38 @@ def _patch_attr(owner, name, member, builder, scope):
     scope.set_attr(owner, name, replaced)
 
 
-class Operands:
+def _checked(original):
     """``binary_op_type_checking_impl``, which brings two operands to one type and shape."""
+    constants = {}
 
-    def __init__(self, original):
-        constants = {}
+    def constant(self, value, tensor):
+        """``value`` in an operation with ``tensor``; None where not known or where that changes for it."""
+        if type(value) not in (int, float) or type(tensor) is not tl.tensor or tensor.dtype.name not in DTYPES:
+            return None
+        if value == 0 and type(value) is float:  # 0.0 equals -0.0
+            return None
+        dtype = tensor.dtype
+        key = value, type(value), dtype.name
+        if key not in constants:
+            ours, theirs = original(self, self.scalar_constant(0, dtype), value)
+            constants[key] = theirs if ours.dtype.name == dtype.name else None
+            theirs.splats = {}
+        return constants[key]
 
-        def constant(self, value, dtype):
-            """``value`` in an operation with tensors of ``dtype``; None if these change for it."""
-            key = value, type(value), dtype.name
-            if key not in constants:
-                ours, theirs = original(self, self.scalar_constant(0, dtype), value)
-                constants[key] = theirs if ours.dtype.name == dtype.name else None
-                theirs.splats = {}
-            return constants[key]
+    def checked(self, lhs, rhs, lhs_ptr=False, rhs_ptr=False, arithmetic=True, division=False):
+        if type(lhs) is tl.tensor and type(rhs) is tl.tensor:
+            ours, theirs = lhs.dtype, rhs.dtype
+            same = ours.name == theirs.name and ours.name in DTYPES
+            if not division and (same or (lhs_ptr and ours.is_ptr() and theirs.is_int())):
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic and not division:
+            if (known := constant(self, rhs, lhs)) is not None:
+                return self.broadcast_impl_value(lhs, known)
+            if (known := constant(self, lhs, rhs)) is not None:
+                return self.broadcast_impl_value(known, rhs)
+        return original(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, division)
 
-        def checked(self, lhs, rhs, lhs_ptr=False, rhs_ptr=False, arithmetic=True, division=False):
-            if not division:
-                if type(lhs) is tl.tensor and type(rhs) is tl.tensor:
-                    ours, theirs = lhs.dtype, rhs.dtype
-                    same = ours.name == theirs.name and ours.name in DTYPES
-                    if same or (lhs_ptr and ours.is_ptr() and theirs.is_int()):
-                        return self.broadcast_impl_value(lhs, rhs)
-                elif arithmetic and type(lhs) is tl.tensor and type(rhs) in (int, float) and lhs.dtype.name in DTYPES:
-                    known = constant(self, rhs, lhs.dtype) if rhs or type(rhs) is int else None  # 0.0 equals -0.0
-                    if known is not None:
-                        return self.broadcast_impl_value(lhs, known)
-                elif arithmetic and type(rhs) is tl.tensor and type(lhs) in (int, float) and rhs.dtype.name in DTYPES:
-                    known = constant(self, lhs, rhs.dtype) if lhs or type(lhs) is int else None
-                    if known is not None:
-                        return self.broadcast_impl_value(known, rhs)
-            return original(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, division)
-
-        self.checked = checked
+    return checked
 
 
 def _broadcast(original):

@@ -1,4 +1,5 @@
-"""Kernel tests: on a GPU in this process, else in Triton's interpreter or its compiler, in processes of their own.
+"""Kernel tests: on a GPU in this process, else in Triton's interpreter or its compiler, in processes of their own
+(`make compile`, which runs nothing else, compiles in its own).
 
 The interpreter is chosen when Triton is imported, and cannot be left.
 """

@@ -15,7 +15,7 @@ job = json.loads((folder / "job.json").read_text())
 ids, tokens = torch.tensor(job["ids"]), []
 shared = torch.cuda.device_count() == 1
 if shared:
-    share_gpus()
+    share_gpus(0)
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
 ids = ids.to(model.device)
 for stack in job["stacks"]:
