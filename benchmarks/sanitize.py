@@ -1,11 +1,14 @@
 """Every kernel on small shapes, for `compute-sanitizer --tool memcheck|racecheck python -m benchmarks.sanitize`.
 
+Most of the time goes into compiling: parts (`methods`, `float16`, `bfloat16`, `float32`; all where none is named) may
+run side by side.
 Each tensor has its own allocation (PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set here), so that reads beyond one are seen.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
@@ -51,26 +54,34 @@ def published_methods() -> None:
                 print(f"{each.name}, per {gqa}, {dtype}", flush=True)
 
 
+def exact_stacks(dtype: torch.dtype) -> None:
+    """Decode steps and prompts, without a mask, with padding and with holes."""
+    for rows, keys in ((1, 999), (3, 700), (130, 130), (70, 1300)):
+        q, k, v = tensors(rows, keys, dtype)
+        real = torch.arange(keys, device="cuda") >= torch.tensor([[0], [37]], device="cuda")
+        holes = real & (torch.arange(keys, device="cuda") % 17 != 3)
+        for name, stack in STACKS.items():
+            if rows <= 16 and name == "top p of groups":  # the reference's
+                continue
+            for mask in (None, real, holes):
+                sparse_attention(q, k, v, stack, attention_mask=mask, kernel="triton", return_mask=False)
+                torch.cuda.synchronize()
+            print(f"{name}, {rows} x {keys}, {dtype}", flush=True)
+        masker = MaskerRegistry.create_masker(STACKS["top k"][-1])
+        masker.add_mask(k, q, v, is_causal=True, kernel="triton")
+        torch.cuda.synchronize()
+
+
 @torch.no_grad()
-def main() -> None:
+def main(parts: list[str]) -> None:
     torch.manual_seed(0)
-    published_methods()
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for rows, keys in ((1, 999), (3, 700), (130, 130), (70, 1300)):
-            q, k, v = tensors(rows, keys, dtype)
-            real = torch.arange(keys, device="cuda") >= torch.tensor([[0], [37]], device="cuda")
-            for name, stack in STACKS.items():
-                if rows <= 16 and name == "top p of groups":  # the reference's
-                    continue
-                for mask in (None, real):
-                    sparse_attention(q, k, v, stack, attention_mask=mask, kernel="triton", return_mask=False)
-                    torch.cuda.synchronize()
-                print(f"{name}, {rows} x {keys}, {dtype}", flush=True)
-            masker = MaskerRegistry.create_masker(STACKS["top k"][-1])
-            masker.add_mask(k, q, v, is_causal=True, kernel="triton")
-            torch.cuda.synchronize()
+    for part in parts:
+        if part == "methods":
+            published_methods()
+        else:
+            exact_stacks(getattr(torch, part))
     print("done")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["methods", "float16", "bfloat16", "float32"])

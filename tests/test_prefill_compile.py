@@ -4,12 +4,11 @@ The launches of representative calls are recorded instead of run, on tensors wit
 it would be launched. Run alone, `python tests/test_prefill_compile.py 90` prints shared memory and instructions.
 """
 
-import os
 import sys
 
 import pytest
 import torch
-from kernel_process import ARCHITECTURES, WHOLE, compiles
+from kernel_process import ARCHITECTURES, compiles
 
 SINK, LOCAL = {"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 0.1}
 STACKS = {
@@ -34,8 +33,6 @@ USUAL = {  # forms of stacks that launch every kernel
     "best per KV head": ("bf16",),
     "mass per KV head": ("bf16 masked",),
 }
-LONG = ("best", "bf16 masked")
-"""Its bracket takes the compiler a minute or two: `make compile` does it for one architecture."""
 FEW = {  # forms of stacks that need no more
     "mass": ("bf16", "bf16 masked"),
     "mass of all": ("bf16",),
@@ -112,13 +109,10 @@ def compiled(function, bound, architecture):
 
 
 def main(architectures, usual):
-    short = os.environ.get("KERNEL_FORMS") == "usual"
     for architecture in architectures:
         for stack in STACKS:
             for form, options in FORMS.items():
                 if form not in FEW.get(stack, FORMS) or (usual and form not in USUAL.get(stack, ())):
-                    continue
-                if short and architecture != WHOLE and (stack, form) == LONG:
                     continue
                 for function, bound in launches(stack, **options):
                     result = compiled(function, dict(bound), architecture)

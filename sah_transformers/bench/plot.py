@@ -15,6 +15,7 @@ def draw(results: Sequence[Result], device: str, out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     case = results[0].case
@@ -30,8 +31,9 @@ def draw(results: Sequence[Result], device: str, out: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(keys, [f"{k // 1024}K" if k < 2**20 else f"{k // 2**20}M" for k in keys])
-    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatted("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.set(
         title=f"one decode call, {device}\nB={case.B}, H={case.H}, G={case.G}, D={case.D}, {case.dtype}",

@@ -38,7 +38,8 @@ def attend_tiles(
     """
     o_n = tl.arange(0, BN)
     o_v = tl.arange(0, BV)
-    for i_n in range(i_first, i_last, BN):
+    STAGES: tl.constexpr = 2 if EDGE and MASKED else None  # room for the mask, or one program less fits beside another
+    for i_n in tl.range(i_first, i_last, BN, num_stages=STAGES):
         i_n = tl.multiple_of(i_n, BN)
         o_k = i_n + o_n
         b_k = load_columns(p_k, o_n, i_n, K, stride_k, D, BD, EDGE)

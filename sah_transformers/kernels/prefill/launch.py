@@ -206,7 +206,7 @@ def find_cuts(
     scratch = parts.Scratch.empty(split, ranked, torch.float32 if mass else torch.int32, queries.device)
     start = 0
     for part in split:
-        block, sample, warps, stages = tiles.bracket
+        block, sample, warps, stages = tiles.masked_bracket if sight.masked else tiles.bracket
         grid = (triton.cdiv(part.rows, block // stacked), ranked)
         if part.chunks and mass:
             bracket_mass_kernel[grid](

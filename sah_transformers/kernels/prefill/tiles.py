@@ -18,12 +18,14 @@ class Tiles:
 
     Attributes:
         attend, emit, bracket: rows, keys per tile, warps, stages (``bracket``: keys per sample).
+        masked_bracket: with a mask, of which a tile lies in shared memory, beside that of the keys.
         settle: rows, keys per tile, warps, pivots per pass.
     """
 
     attend: tuple[int, int, int, int]
     emit: tuple[int, int, int, int]
     bracket: tuple[int, int, int, int]
+    masked_bracket: tuple[int, int, int, int]
     settle: tuple[int, int, int, int]
 
 
@@ -37,14 +39,18 @@ def tiles_for(dtype: torch.dtype, dim: int, shared: int) -> Tiles:
     """
     if dtype == torch.float32:
         keys, sample = (32, 128) if dim <= 128 else (16, 64)
-        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), (32, sample, 4, 1), (16, 16, 4, 16))
+        bracket = (32, sample, 4, 1)
+        return Tiles((32, keys, 4, 2), (32, 32, 4, 2), bracket, bracket, (16, 16, 4, 16))
+    narrow, settle = (64, 256, 4, 1), (16, 64, 8, 16)
     if dim <= 64:
-        return Tiles((64, 64, 4, 3), (64, 64, 4, 3), (64, 256, 4, 1), (16, 64, 8, 16))
+        return Tiles((64, 64, 4, 3), (64, 64, 4, 3), narrow, narrow, settle)
     if dim <= 128:
-        return Tiles((64, 64, 4, 3), (64, 64, 4, 3), (128, 256, 8, 1), (16, 64, 8, 16))
+        wide = (128, 256, 8, 1)
+        masked = wide if shared >= 160 * 1024 else narrow
+        return Tiles((64, 64, 4, 3), (64, 64, 4, 3), wide, masked, settle)
     if shared < 164 * 1024:
-        return Tiles((64, 32, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1), (16, 64, 8, 16))
-    return Tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 256, 4, 1), (16, 64, 8, 16))
+        return Tiles((64, 32, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1), (32, 128, 4, 1), settle)
+    return Tiles((128, 64, 8, 2), (128, 64, 8, 2), narrow, narrow, settle)
 
 
 @lru_cache
