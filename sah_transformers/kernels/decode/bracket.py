@@ -203,10 +203,11 @@ def sample_scores_kernel(
     o_k = sample_position(tl.arange(0, SAMPLES), first_end, last_start, SAMPLES)
     m_k = (o_k < last_start) & (o_k < K)
     if MASS:
+        # Scores are asked for before the sums, which would wait in between.
+        b_s = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         o_r = i_e + tl.arange(0, 1)
         peak, free, band = row_totals(peaks, masses, stats, R, o_r, o_r < R, chunks, 2, CHUNKS)
         peak, free, band = tl.max(peak), tl.max(free), tl.max(band)
-        b_s = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k, mask=m_k, other=float("-inf"))
         m_k = m_k & (b_s > float("-inf"))
         factor = (last_start - first_end).to(tl.float32) / SAMPLES
         left = free - wanted_mass(free, band, top_p, TOTAL)
@@ -216,9 +217,9 @@ def sample_scores_kernel(
         o_h = tl.arange(0, HEADS)
         m_h = o_h < H // G
         o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
-        peak, total, _ = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, 1, CHUNKS)
         p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
         b_s = tl.load(p_s, mask=m_h[:, None] & m_k[None, :], other=float("-inf"))
+        peak, total, _ = row_totals(peaks, masses, stats, R, o_r, m_h, chunks, 1, CHUNKS)
         b_mass = tl.sum(tl.exp(b_s - peak[:, None]) / tl.maximum(total, 1.0)[:, None], 0)
         m_k = m_k & (tl.max(b_s, 0) > float("-inf"))
         wanted = size_of(n, size, share)

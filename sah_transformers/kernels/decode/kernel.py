@@ -335,7 +335,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
         "ranking": (selections * stride if kind == "group" else 1, f32), "cuts": (4 * selections, f32),
         "bounds": (4 * selections, i32), "needs": (selections, i64), "count": (selections, i32),
         "list_pos": (selections * t.listed, i32), "list_val": (selections * t.listed, f32),
-        "samples": (1 if after else all_rows * t.samples, f32), "chosen": (all_rows * t.listed, i32),
+        "samples": (1 if after else all_rows * t.samples, f32),
         "packed": (packs, i64 if kind != "group" else i32),
         "weights": (selections * stride * side_by_side if kind == "group" else 1, x.v.dtype),
         "sums": (all_rows * splits * value_dim, f32), "totals": (all_rows * splits, f32),
@@ -422,10 +422,10 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             EITHER=mass, BN=t.stream_tile, BM=plan.bm, MANY=many, STAGES=t.stream_stages, warps=t.stream_warps,
         )  # fmt: skip
     launch(
-        combine_kernel, (all_rows, 1, 1), v, s["scores"], s["lines"], s["bounds"], s["needs"], s["stats"], *listed,
-        s["chosen"], *parts, launch.address(x.q if x.sinks is None else x.sinks), launch.address(out),
-        *sized, splits, *steps, **valued,
-        KIND=kind, SINKS=x.sinks is not None, FIXED=plan.digits["FIXED"], BT=16, BS=t.parts, warps=t.combine_warps,
+        combine_kernel, (all_rows, 1, 1), v, s["scores"], s["lines"], s["needs"], s["stats"], *listed, *parts,
+        launch.address(x.q if x.sinks is None else x.sinks), launch.address(out),
+        *sized, splits, *steps, **valued, KIND=kind, SINKS=x.sinks is not None, FIXED=plan.digits["FIXED"],
+        BT=min(32, t.listed), BS=t.parts, warps=t.combine_warps,
     )  # fmt: skip
 
 

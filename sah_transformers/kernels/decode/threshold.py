@@ -110,27 +110,31 @@ def threshold_kernel(
     n, first_end, last_start = limits_of(
         limits, i_b, i_q, B, K, first, first_share, last, last_share, Q, CAUSAL, MASKED
     )
+    # Everything is asked for before the first reduction, which would wait in between.
     o_c = tl.arange(0, CHUNKS)
     p_c = i_e.to(tl.int64) * chunks + o_c
-    above = tl.sum(tl.load(aboves + p_c, mask=o_c < chunks, other=0))
+    b_above = tl.load(aboves + p_c, mask=o_c < chunks, other=0)
+    b_h = tl.load(histogram + i_e.to(tl.int64) * BINS + tl.arange(0, BINS))
+    scale, offset = tl.load(lines + i_e), tl.load(lines + E + i_e)
+    if KIND == "mass":
+        free, band, high = tl.load(stats + E + i_e), tl.load(stats + 2 * E + i_e), tl.load(lines + 2 * E + i_e)
+        b_mass = tl.load(masses + p_c, mask=o_c < chunks, other=0.0)
     if KIND == "best":
         peak = tl.max(tl.load(peaks + p_c, mask=o_c < chunks, other=float("-inf")))
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         tl.store(stats + i_e, peak)
     else:
         peak = tl.load(stats + i_e)
-    b_h = tl.load(histogram + i_e.to(tl.int64) * BINS + tl.arange(0, BINS))
+    above = tl.sum(b_above)
     b_sum = tl.cumsum(b_h, 0, reverse=True)
     banded = size_of(n, first, first_share) + size_of(n, last, last_share)
-    scale, offset = tl.load(lines + i_e), tl.load(lines + E + i_e)
     if KIND == "mass":
-        free, band = tl.load(stats + E + i_e), tl.load(stats + 2 * E + i_e)
         goal = wanted_mass(free, band, top_p, TOTAL)
         none = (free <= 0) | (TOTAL & (goal <= 0) & (band > 0))
         every = False
         goal = tl.maximum(goal, NEVER)
-        held = tl.sum(tl.load(masses + p_c, mask=o_c < chunks, other=0.0))
-        unit = unit_of(tl.load(lines + 2 * E + i_e), peak, FIXED)
+        held = tl.sum(b_mass)
+        unit = unit_of(high, peak, FIXED)
         want = tl.ceil(tl.minimum((goal - held) * unit, 4.0e18)).to(tl.int64)
         b_held = b_sum >> COUNT_BITS
         b_count = (b_sum & ((1 << COUNT_BITS) - 1)).to(tl.int32)
