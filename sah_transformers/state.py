@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -95,10 +95,6 @@ class PageBuffer:
         self.identity = float("inf") if fold == "amin" else float("-inf")
         self.storage = first.new_full((*first.shape[:2], -(-capacity // size), *first.shape[3:]), self.identity)
         self.pages = 0
-        self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shown": None}
 
     @classmethod
     def over(cls, storage: torch.Tensor, size: int, fold: Fold) -> PageBuffer:
@@ -108,14 +104,8 @@ class PageBuffer:
         return buffer
 
     def view(self) -> torch.Tensor:
-        """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token.
-
-        Most new keys begin no page: then it is the view that was given out before.
-        """
-        shown = self._shown
-        if shown is None or shown[0] is not self.storage or shown[1].shape[2] != self.pages:
-            shown = self._shown = self.storage, self.storage.narrow(2, 0, self.pages)
-        return shown[1]
+        """The stored data, ``[B, heads, pages, ...]``; pages count from each sequence's first real token."""
+        return self.storage.narrow(2, 0, self.pages)
 
     def reserve(self, length: int) -> None:
         """Make room for the pages of ``length`` keys."""
@@ -153,7 +143,7 @@ class PageBuffer:
 
     def map_batch(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the stored data by ``operation`` of it."""
-        self.storage, self._shown = operation(self.storage), None
+        self.storage = operation(self.storage)
 
 
 @dataclass
@@ -222,6 +212,29 @@ class LayerState:
         """Stored side data in bytes, per key of one sequence; what was prepared once is not counted."""
         views = [b.view() for buffers in self._side.values() for b in buffers.values()]
         return sum(v.numel() * v.element_size() / max(1, v.shape[0] * self.length) for v in views)
+
+    def room(self, maskers: Sequence[Masker], keys: torch.Tensor, new: int) -> list[torch.Tensor] | None:
+        """The storages into which kernels write ``maskers``' side data of the ``new`` last of ``keys [B, G, K, D]``,
+        with room for them; None where there is more to do than that."""
+        batch, total = keys.shape[0], keys.shape[2]
+        if self._positions is not None or (self.batch, self.length) != (batch, total - new):
+            return None
+        storages = []
+        for masker in maskers:
+            if self._lengths.get(masker.config) != self.length:
+                return None
+            for buffer in self._side[masker.config].values():
+                if not isinstance(buffer, PageBuffer):
+                    return None
+                buffer.reserve(total)
+                storages.append(buffer.storage)
+        return storages
+
+    def follow(self, maskers: Sequence[Masker], total: int) -> None:
+        """The side data of ``maskers`` were written up to ``total`` keys into what ``room`` has given."""
+        for masker in maskers:
+            self._lengths[masker.config] = total
+        self.length = total
 
     @torch.no_grad()
     def update(

@@ -131,6 +131,9 @@ class StaticState(LayerState):
         if self.memory is not None:  # a pickle has a copy of its own of every tensor
             self._settle()
 
+    def room(self, maskers: Sequence[Masker], keys: torch.Tensor, new: int) -> None:
+        """None: every update begins with what ``memory`` says."""
+
     def read_on(self, before: int, total: int, unasked: Sequence[Masker]) -> None:
         """Before an update to ``total`` keys by a call from whose keys the ``unasked`` maskers do not select.
 

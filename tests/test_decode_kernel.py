@@ -32,9 +32,9 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     if GPU:
-        from sah_transformers.kernels.decode import kernel
+        from sah_transformers.kernels import tape
 
-        monkeypatch.setattr(kernel, "POISON", True)
+        monkeypatch.setattr(tape, "POISON", True)
 
 
 def sink(size=16):

@@ -9,6 +9,7 @@ import torch
 from transformers.masking_utils import causal_mask_function, eager_mask, prepare_padding_mask, sdpa_mask
 from transformers.utils import logging
 
+from sah_transformers import repeat
 from sah_transformers.attention import Call, check_shapes, make_call, run
 from sah_transformers.integration.cache_state import cache_layer, handed_out, is_static, state_of, undo
 from sah_transformers.integration.captured import step_underway
@@ -282,7 +283,12 @@ def attend_planned(
     if recorder is not None:
         side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
         return recorder.sparse(module.layer_idx, call, side_bytes, weights)
-    return run(call(), return_weights=weights)
+    beyond = (arguments["position_bias"], arguments["indices"], arguments["dropout"] or None)
+    if weights or any(one is not None for one in beyond):
+        return run(call(), return_weights=weights)
+    tensors = (query, key, value, arguments["attention_mask"], arguments["sinks"])
+    numbers = (arguments["is_causal"], arguments["scaling"], arguments["softcap"], plan.min_keys, plan.kernel)
+    return repeat.attend(call, stack, *tensors, state, *numbers), None
 
 
 def attend_or_undo(

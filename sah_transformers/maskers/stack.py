@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from sah_transformers.maskers.base import Masker
-from sah_transformers.selections import Described
+from sah_transformers.selections import Best, Described, First, Last, Mass, Pages
 
 
 class MaskerStack(tuple[Masker, ...]):
@@ -26,6 +26,15 @@ class MaskerStack(tuple[Masker, ...]):
     def needs_positions(self) -> bool:
         """Whether one of them reads the keys' positions."""
         return any(masker.needs_positions for masker in self)
+
+    @cached_property
+    def in_launches(self) -> tuple[Any, ...]:
+        """What tells the launches for stacks apart, where they depend on no more than the call's tensors and the bounds
+        of pages; empty where they do, or kernels do not know the stack."""
+        known = First | Last | Best | Mass | Pages
+        if not all(isinstance(masker.described, known) for masker in self):
+            return ()
+        return tuple((type(masker), repr(masker.config.to_dict())) for masker in self)
 
     def __reduce__(self) -> Any:
         return type(self), (tuple(self),)

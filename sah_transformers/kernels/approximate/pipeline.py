@@ -17,7 +17,6 @@ from sah_transformers.kernels.approximate.tuned import Tuning, tuning_of
 from sah_transformers.kernels.decode.bands import merge_kernel
 from sah_transformers.kernels.decode.kernel import (
     MOST_SPLITS,
-    POISON,
     Elements,
     Inputs,
     Launcher,
@@ -32,6 +31,7 @@ from sah_transformers.kernels.decode.kernel import (
     power_of_2,
     segments_of,
 )
+from sah_transformers.kernels.tape import new
 from sah_transformers.selections import Estimated, Pages
 
 F32, I32 = torch.float32, torch.int32
@@ -206,9 +206,7 @@ def attend_rows(
     if isinstance(selection, Pages):
         known.append(parts_of(-(-x.k.shape[2] // selection.size)))
     plan = plan_of(x, selection, *known)
-    out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
-    if POISON:
-        out.fill_(float("nan"))
+    out = new((batch, rows, heads, x.v.shape[3]), x.q.dtype, x.q.device)
     tuning = tuning_of(x.q.element_size(), max(plan.dims["BD"], plan.wide["BDV"]))
     work = Work(x, selection, side, given, positions, plan, tuning, Launcher(plan, x.q.device), out)
     try:

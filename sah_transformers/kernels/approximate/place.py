@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sah_transformers.kernels.built import built
+from sah_transformers.kernels.tape import note
 
 FEW = 16
 """Up to so many new keys take the append kernels; more take the masker's own operations."""
@@ -40,10 +41,12 @@ class Direct:
         known = _compiled.get(kind)
         if known is not None:
             run, function, metadata, values = known
+            note(known, grid, args)
             stream = torch._C._cuda_getCurrentRawStream(device)
             given = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
             run(*grid, stream, function, metadata, None, None, None, *given, *values)
             return
+        note(None, grid, args)
         known = built(kernel, grid, args, constants, warps, cap)
         if known is not None:
             _compiled[kind] = known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,7 @@ from sah_transformers.kernels.decode.score import score_kernel
 from sah_transformers.kernels.decode.stack import Stack, bits_of, power_of_2
 from sah_transformers.kernels.decode.threshold import threshold_kernel
 from sah_transformers.kernels.decode.tuned import Tuning, tuning_of
-
-POISON = os.environ.get("SAH_POISON") == "1"
-"""For tests: scratch and output are filled with NaN before use."""
+from sah_transformers.kernels.tape import Address, new, note
 
 MOST_SPLITS = 64  # of the bands
 
@@ -154,9 +151,7 @@ class Scratch:
     """Arrays of one call in one allocation; addresses once kernels are compiled, tensors for the first call."""
 
     def __init__(self, device: torch.device, as_tensors: bool, layout: Layout):
-        self.buffer = torch.empty(layout.total, dtype=torch.uint8, device=device)
-        if POISON:
-            self.buffer.fill_(255)
+        self.buffer = new((layout.total,), torch.uint8, device)
         self.layout, self.as_tensors = layout, as_tensors
 
     def arrays(self) -> dict[str, Any]:
@@ -164,7 +159,7 @@ class Scratch:
         offsets = self.layout.offsets
         if not self.as_tensors:
             base = self.buffer.data_ptr()
-            return {name: base + offset for name, offset in offsets.items()}
+            return {name: Address(base + offset) for name, offset in offsets.items()}
         return {
             name: self.buffer.narrow(0, offsets[name], size * dtype.itemsize).view(dtype)
             for name, (size, dtype) in self.layout.sizes.items()
@@ -182,7 +177,7 @@ class Launcher:
 
     def address(self, tensor: torch.Tensor) -> Any:
         """What stands for a tensor in a launch."""
-        return tensor.data_ptr() if self.ready else tensor
+        return Address(tensor.data_ptr()) if self.ready else tensor
 
     def __call__(
         self,
@@ -196,10 +191,12 @@ class Launcher:
     ) -> None:
         """``cap``, ``fuse``: see ``built``."""
         if self.ready:
-            run, function, metadata, values = self.plan.compiled[self.step]
+            known = run, function, metadata, values = self.plan.compiled[self.step]
             self.step += 1
+            note(known, grid, args)
             run(*grid, self.stream, function, metadata, None, None, None, *args, *values)
             return
+        note(None, grid, args)
         entry = built(kernel, grid, args, constants, warps, cap, fuse)
         if entry is not None:
             self.plan.compiled.append(entry)
@@ -434,9 +431,7 @@ def decode_rows(x: Inputs) -> torch.Tensor:
     batch, heads, rows, _ = x.q.shape
     plan = plan_of(x)
     launch = Launcher(plan, x.q.device)
-    out = torch.empty((batch, rows, heads, x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
-    if POISON:
-        out.fill_(float("nan"))
+    out = new((batch, rows, heads, x.v.shape[3]), x.q.dtype, x.q.device)
     run = decode_bands if x.stack.kind == "bands" else decode_scored
     try:
         run(x, plan, launch, out)

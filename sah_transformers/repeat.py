@@ -1,0 +1,72 @@
+"""Calls that the layers of a step make alike: the first runs in full, the others repeat its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sah_transformers.attention import Call, run
+from sah_transformers.kernels.device import on_device
+from sah_transformers.kernels.tape import Tape, recording
+from sah_transformers.maskers import MaskerStack
+from sah_transformers.state import LayerState
+
+MOST_TAPES = 64
+"""Kept at once: each step needs its own."""
+
+_tapes: dict[tuple[Any, ...], Tape] = {}
+
+
+def attend(
+    make: Callable[[], Call],
+    stack: MaskerStack,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    state: LayerState | None,
+    *numbers: Any,
+) -> torch.Tensor:
+    """``run(make())[0]``.
+
+    Args:
+        make: makes the call, and brings ``state`` up to date.
+        queries, keys, values, mask, sinks: the call's tensors; numbers: all else that it depends on, beside ``stack``.
+    """
+    if torch.is_grad_enabled() or not (stack.in_launches and on_a_gpu(queries)):
+        return run(make())[0]
+    given = [tensor for tensor in (queries, keys, values, mask, sinks) if tensor is not None]
+    if state is not None and stack.stateful:
+        storages = state.room(stack.stateful, keys, queries.shape[2]) if mask is None else None
+        if storages is None:
+            return run(make())[0]
+        given += storages
+    if any(tensor.data_ptr() % 16 for tensor in given):
+        return run(make())[0]
+    key = (
+        stack.in_launches, numbers, mask is None, sinks is None, queries.device,
+        *[(tensor.dtype, tensor.shape, tensor.stride()) for tensor in given],
+    )  # fmt: skip
+    tape = _tapes.get(key)
+    if tape is None:
+        with recording(given) as record:
+            out = run(make())[0]
+        tape = record.tape(out)
+        if tape is not None:
+            if len(_tapes) >= MOST_TAPES:
+                _tapes.clear()
+            _tapes[key] = tape
+        return out
+    with on_device(queries):
+        out = tape.play(given)
+    if state is not None and stack.stateful:
+        state.follow(stack.stateful, keys.shape[2])
+    return out
+
+
+def on_a_gpu(tensor: torch.Tensor) -> bool:
+    """Whether launches on ``tensor`` can be repeated at all."""
+    return tensor.is_cuda
