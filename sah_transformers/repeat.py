@@ -30,43 +30,41 @@ def attend(
     state: LayerState | None,
     *numbers: Any,
 ) -> torch.Tensor:
-    """``run(make())[0]``.
+    """``run(make())[0]``, ``[B, Q, H, Dv]``, by the launches of a call like this one where there was one.
 
     Args:
         make: makes the call, and brings ``state`` up to date.
         queries, keys, values, mask, sinks: the call's tensors; numbers: all else that it depends on, beside ``stack``.
     """
-    if torch.is_grad_enabled() or not (stack.in_launches and on_a_gpu(queries)):
+    known = stack.in_launches and (state is not None or not stack.stateful)
+    if not known or torch.is_grad_enabled() or not on_a_gpu(queries):
         return run(make())[0]
     given = [tensor for tensor in (queries, keys, values, mask, sinks) if tensor is not None]
-    if state is not None and stack.stateful:
+    if state is not None:
         storages = state.room(stack.stateful, keys, queries.shape[2]) if mask is None else None
         if storages is None:
             return run(make())[0]
         given += storages
-    if any(tensor.data_ptr() % 16 for tensor in given):
-        return run(make())[0]
     key = (
         stack.in_launches, numbers, mask is None, sinks is None, queries.device,
-        *[(tensor.dtype, tensor.shape, tensor.stride()) for tensor in given],
+        *[(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16) for tensor in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is None:
-        with recording(given) as record:
+        with recording(given) as noted:
             out = run(make())[0]
-        tape = record.tape(out)
+        tape = noted.tape(out)
         if tape is not None:
             if len(_tapes) >= MOST_TAPES:
                 _tapes.clear()
             _tapes[key] = tape
         return out
-    with on_device(queries):
-        out = tape.play(given)
-    if state is not None and stack.stateful:
+    if state is not None:  # before a launch may fail: what it has of these keys is then cropped with them
         state.follow(stack.stateful, keys.shape[2])
-    return out
+    with on_device(queries):
+        return tape.play(given)
 
 
 def on_a_gpu(tensor: torch.Tensor) -> bool:
-    """Whether launches on ``tensor`` can be repeated at all."""
-    return tensor.is_cuda
+    """Whether kernels may be launched on the memory of ``tensor``, which is not one of ``torch.func``'s."""
+    return tensor.is_cuda and not torch._C._are_functorch_transforms_active()

@@ -216,8 +216,8 @@ class LayerState:
     def room(self, maskers: Sequence[Masker], keys: torch.Tensor, new: int) -> list[torch.Tensor] | None:
         """The storages into which kernels write ``maskers``' side data of the ``new`` last of ``keys [B, G, K, D]``,
         with room for them; None where there is more to do than that."""
-        batch, total = keys.shape[0], keys.shape[2]
-        if self._positions is not None or (self.batch, self.length) != (batch, total - new):
+        batch, _, total, _ = keys.shape
+        if self._positions is not None or self.batch != batch or self.length != total - new:
             return None
         storages = []
         for masker in maskers:
@@ -231,9 +231,8 @@ class LayerState:
         return storages
 
     def follow(self, maskers: Sequence[Masker], total: int) -> None:
-        """The side data of ``maskers`` were written up to ``total`` keys into what ``room`` has given."""
-        for masker in maskers:
-            self._lengths[masker.config] = total
+        """The side data of ``maskers`` are written up to ``total`` keys, into what ``room`` has given."""
+        self._lengths.update((masker.config, total) for masker in maskers)
         self.length = total
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from kernel_process import DEVICE, GPU, interpreter_test, kernel_test, mostly_slow, passes_in_the_interpreter
 from sparse_models import build, left_padded, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 import sah_transformers
 from sah_transformers import AppendingCache, repeat
@@ -82,8 +83,8 @@ def model_of(stack, kernel="triton", **options):
 class Steps:
     """A model and a cache, step by step."""
 
-    def __init__(self, model, ids, **inputs):
-        self.model, self.cache = model, AppendingCache(config=model.config)
+    def __init__(self, model, ids, cache=None, **inputs):
+        self.model, self.cache = model, cache or AppendingCache(config=model.config)
         self.logits = [self.read(ids, **inputs)]
 
     @torch.no_grad()
@@ -187,6 +188,47 @@ def test_another_configuration(played, monkeypatch):
 
     check(story, model_of(WINDOWS), monkeypatch=monkeypatch)
     assert len(played) >= 3 * (LAYERS - 1)
+
+
+@kernel_test
+def test_side_data_of_a_static_cache(played, monkeypatch):
+    """Nothing is left out for maskers that are kept up to date while others read a prompt."""
+    settings = {"kernel": "triton", "prefill": WINDOWS, "decode_max_queries": 2}
+
+    def story(model):
+        sah_transformers.enable(model, {"maskers": STACKS["quest"], **settings})
+        steps = Steps(model, prompt(5), StaticCache(config=model.config, max_cache_len=24))
+        steps.logits += [steps.read(prompt(4, seed=seed)) for seed in range(3)]
+        steps.take(5, 6)
+        return [steps]
+
+    check(story, model_of(WINDOWS), monkeypatch=monkeypatch)
+
+
+@kernel_test
+def test_a_launch_that_fails(played, monkeypatch):
+    """Neither keys nor side data stay."""
+    fails = []
+
+    def story(model):
+        steps = Steps(model, prompt(17))
+        steps.take(5, 6, 7, 8)
+        if not fails:
+            monkeypatch.setattr(Tape, "play", failing)
+            with pytest.raises(RuntimeError, match="no luck"):
+                steps.take(9)
+            monkeypatch.setattr(Tape, "play", original)
+            assert fails
+            assert steps.cache.get_seq_length() == 21
+        steps.take(10, 11, 12)
+        return [steps]
+
+    def failing(self, given):
+        fails.append(original(self, given))
+        raise RuntimeError("no luck")
+
+    original = Tape.play
+    check(story, model_of(STACKS["quest"]), monkeypatch=monkeypatch)
 
 
 @kernel_test

@@ -244,9 +244,8 @@ def attend_planned(
             unasked = [masker for masker in kept if masker.config not in {one.config for one in stack}]
             state.read_on(total - rows, total, unasked)
 
-    at = {"layer_idx": module.layer_idx, "head_offset": first_head(module, plan, query.shape[1])}
-
     def call() -> Call:
+        at = {"layer_idx": module.layer_idx, "head_offset": first_head(module, plan, query.shape[1])}
         made = make_call(
             query,
             key,
@@ -283,8 +282,8 @@ def attend_planned(
     if recorder is not None:
         side_bytes = (lambda: 0.0) if state is None else state.bytes_per_key
         return recorder.sparse(module.layer_idx, call, side_bytes, weights)
-    beyond = (arguments["position_bias"], arguments["indices"], arguments["dropout"] or None)
-    if weights or any(one is not None for one in beyond):
+    beyond = arguments["position_bias"] is not None or arguments["indices"] is not None or arguments["dropout"]
+    if weights or beyond:
         return run(call(), return_weights=weights)
     tensors = (query, key, value, arguments["attention_mask"], arguments["sinks"])
     numbers = (arguments["is_causal"], arguments["scaling"], arguments["softcap"], plan.min_keys, plan.kernel)

@@ -28,13 +28,16 @@ class MaskerStack(tuple[Masker, ...]):
         return any(masker.needs_positions for masker in self)
 
     @cached_property
-    def in_launches(self) -> tuple[Any, ...]:
-        """What tells the launches for stacks apart, where they depend on no more than the call's tensors and the bounds
-        of pages; empty where they do, or kernels do not know the stack."""
-        known = First | Last | Best | Mass | Pages
-        if not all(isinstance(masker.described, known) for masker in self):
-            return ()
-        return tuple((type(masker), repr(masker.config.to_dict())) for masker in self)
+    def in_launches(self) -> int:
+        """A number of stacks of these maskers, whose launches depend on no more than the call's tensors and the bounds
+        of pages; 0 where they do, or kernels do not know the stack."""
+        if not all(isinstance(masker.described, First | Last | Best | Mass | Pages) for masker in self):
+            return 0
+        same = tuple((type(masker), repr(masker.config.to_dict())) for masker in self)
+        return _numbers.setdefault(same, len(_numbers) + 1)
 
     def __reduce__(self) -> Any:
         return type(self), (tuple(self),)
+
+
+_numbers: dict[tuple[Any, ...], int] = {}
