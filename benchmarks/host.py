@@ -1,4 +1,5 @@
-"""Where the host's time goes in an uncompiled decode step: Python's functions, by their own time.
+"""Where the host's time goes in an uncompiled decode step: a layer's attention function and its cache's update, then
+Python's functions, by their own time.
 
 python -m benchmarks.host [quest|oracle_top_k|dense] [cached tokens] [layers]
 
@@ -9,10 +10,15 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import statistics
 import sys
 import time
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sah_transformers
 from sah_transformers.bench.step import GROWING, Way, filled, generate, model_of, rewind
@@ -47,9 +53,29 @@ def main() -> None:
 
     seconds(), seconds()
     print(f"{kind}, {cached:,} keys: {min(seconds() for _ in range(3)) / TOKENS * 1e3:.2f} ms per token of generate()")
+    attention, update = timed(ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]), timed(type(cache).update)
+    named = {model.config._attn_implementation: attention}
+    with patch.dict(AttentionInterface._global_mapping, named), patch.object(type(cache), "update", update):
+        seconds()
+    for name, function in (("attention", attention), ("cache", update)):
+        spent = function.times[layers:]  # without the first step
+        print(f"{name}: {statistics.median(spent):.0f} us per layer, at least {min(spent):.0f}")
     profile = cProfile.Profile()
     profile.runcall(seconds)
     pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(40)
+
+
+def timed(function: Any) -> Any:
+    """The function, which notes in its list ``times`` how many microseconds each call takes on the host."""
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        noting.times.append((time.perf_counter() - start) * 1e6)  # type: ignore[attr-defined]
+        return result
+
+    noting.times = []  # type: ignore[attr-defined]
+    return noting
 
 
 if __name__ == "__main__":

@@ -80,23 +80,23 @@ class Recording:
     def tape(self, out: torch.Tensor) -> Tape | None:
         """The tape of the call, which gave ``out``; None where it did more than launch kernels on tensors that it was
         handed, or made."""
-        known = [*self.given, *self.made]
         which = next((number for number, tensor in enumerate(self.made) if tensor is out), None)
-        if not self.whole or which is None or len({tensor.data_ptr() for tensor in known}) < len(known):
+        parts = [(tensor.data_ptr(), 1) for tensor in self.given]  # of what may be a view the beginning alone is known
+        parts += [(tensor.data_ptr(), tensor.nbytes) for tensor in self.made]
+        if not self.whole or which is None or len(dict(parts)) < len(parts):
             return None
         places: dict[int, tuple[int, int]] = {}
-        for address in {arg for _, args in self.launches for arg in args if isinstance(arg, Address)}:
-            for number, tensor in enumerate(known):
-                own = tensor.nbytes if number >= len(self.given) else 1  # of a view of more only the beginning is known
-                if 0 <= address - tensor.data_ptr() < own:
-                    places[address] = number, address - tensor.data_ptr()
+        for address in {arg for _, args in self.launches for arg in args if type(arg) is Address}:
+            for number, (begin, size) in enumerate(parts):
+                if 0 <= address - begin < size:
+                    places[address] = number, address - begin
         first: dict[Any, int] = {STREAM: 0, **{address: at for at, address in enumerate(places, 1)}}
         numbers: list[Any] = []
         launches = []
         for run, args in self.launches:
             picked = []
             for arg in args:
-                if arg is not STREAM and not isinstance(arg, Address):
+                if arg is not STREAM and type(arg) is not Address:
                     picked.append(len(first) + len(numbers))
                     numbers.append(arg)
                 elif arg in first:
