@@ -227,6 +227,8 @@ class LayerState:
                 if not isinstance(buffer, PageBuffer):
                     return None
                 buffer.reserve(total)
+                if buffer.pages != -(-total // buffer.size):
+                    return None
                 storages.append(buffer.storage)
         return storages
 
