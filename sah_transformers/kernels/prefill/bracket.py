@@ -35,23 +35,28 @@ def sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS: tl.constexpr):
 
 @triton.jit
 def sampled_ranking(
-    b_q, p_k, o_k, stride_k, p_mask, b_stop, b_start, b_holes, b_total, scale, softcap, D: tl.constexpr,
-    BD: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    i_c, b_q, b_total, p_k, p_mask, b_stop, b_start, b_holes, begin, length, i_t, i_bh, chunks, K, stride_k, scale,
+    softcap, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, HIDDEN: tl.constexpr, HEADS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The ``ranking`` of keys anywhere, ``[rows, len(o_k)]``, -inf where a row does not see them, and where it does."""
+    """The ``ranking`` of sampled keys, ``[rows, BS]``, -inf where a row does not see them, and where it does.
+
+    HIDDEN: rows may not see all that is sampled.
+    """
+    o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
     o_d = tl.arange(0, BD)
     p = p_k + o_k.to(tl.int64)[None, :] * stride_k + o_d[:, None]
     b_k = tl.load(p, mask=(o_d < D)[:, None], other=0.0)
-    if MASKED and HEADS == 1 and PRECISION != "ieee":
+    if HIDDEN and HEADS == 1 and PRECISION != "ieee":
         # Added to the product, whose layout the scores keep: selected by the mask they would take that of its load,
         # in which a row lies across all threads, at ten times the instructions.
-        b_hidden = tl.where(shown(p_mask, o_k, b_stop, b_start, b_holes, MASKED), 0.0, float("-inf"))
+        b_hidden = tl.where(shown(p_mask, o_k, b_stop, b_start, b_holes, HIDDEN), 0.0, float("-inf"))
         b_s = tl.dot(b_q, b_k, b_hidden, input_precision=PRECISION)
         return b_s, b_s > float("-inf")
     else:
         b_s = ranking(products(b_q, b_k, PRECISION), b_total, scale, softcap, HEADS, SOFTCAP)
-        m_s = shown(p_mask, o_k, b_stop, b_start, b_holes, MASKED)
-        if MASKED:
+        m_s = shown(p_mask, o_k, b_stop, b_start, b_holes, HIDDEN)
+        if HIDDEN:
             b_s = tl.where(m_s, b_s, float("-inf"))
         return b_s, m_s
 
@@ -62,13 +67,12 @@ def best_interval(
     stride_k, scale, softcap, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr,
     HIDDEN: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The ends of the rows' brackets, each the sum over ``chunks``. HIDDEN: rows may not see all that is sampled."""
+    """The ends of the rows' brackets, each the sum over ``chunks``."""
     b_lows, b_highs = b_center * 0.0, b_center * 0.0
     for i_c in range(chunks):
-        o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
         b_s, m_s = sampled_ranking(
-            b_q, p_k, o_k, stride_k, p_mask, b_stop, b_start, b_holes, b_total, scale, softcap, D, BD, HIDDEN, HEADS,
-            SOFTCAP, PRECISION,
+            i_c, b_q, b_total, p_k, p_mask, b_stop, b_start, b_holes, begin, length, i_t, i_bh, chunks, K, stride_k,
+            scale, softcap, D, BD, BS, HIDDEN, HEADS, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_size = b_center * 0.0 + BS
         b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
@@ -168,10 +172,9 @@ def mass_interval(
     """``best_interval`` for a cut that leaves out the mass ``left`` per key."""
     b_lows, b_highs = b_left * 0.0, b_left * 0.0
     for i_c in range(chunks):
-        o_k = sampled_keys(i_c, i_t, i_bh, begin, length, chunks, K, BS)
         b_s, m_s = sampled_ranking(
-            b_q, p_k, o_k, stride_k, p_mask, b_stop, b_start, b_holes, b_total, scale, softcap, D, BD, HIDDEN, HEADS,
-            SOFTCAP, PRECISION,
+            i_c, b_q, b_total, p_k, p_mask, b_stop, b_start, b_holes, begin, length, i_t, i_bh, chunks, K, stride_k,
+            scale, softcap, D, BD, BS, HIDDEN, HEADS, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_min, b_max = tl.min(b_s, 1), tl.max(b_s, 1)
         b_w = weights(b_s, b_peak[:, None], scale, softcap, HEADS, SOFTCAP)
