@@ -36,7 +36,7 @@ compile-newest: install
 	KERNEL_FORMS=usual $(BIN)/python $(COMPILE)
 
 compile-oldest: install-oldest
-	KERNEL_FORMS=usual $(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
+	KERNEL_FORMS=once $(OLDEST)/bin/python $(COMPILE) -p no:cacheprovider
 
 lint: install types
 	$(BIN)/ruff check .

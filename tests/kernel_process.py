@@ -82,24 +82,39 @@ def captured(step):
 
 ARCHITECTURES = (80, 90, 100)
 WHOLE = 90
-"""The architecture that the slow tests compile every form of every kernel for.
+"""The architecture that the slow tests compile every form of every kernel for; for the others the usual ones.
 
-For the others, and with ``KERNEL_FORMS=usual`` (`make compile`), every kernel in its usual forms. Run alone, the files
-compile all."""
+``KERNEL_FORMS=usual`` (`make compile`, newest Triton): the usual ones for it, each kernel once for the others;
+``KERNEL_FORMS=once`` (oldest Triton): each once. Run alone, the files compile all."""
 
 
-def compiles(file, architecture, least, usual, *options, timeout=1200):
+class Chosen:
+    """Whether a kernel is to be compiled again: with ``once`` in the first of its forms alone."""
+
+    def __init__(self, once):
+        self.once, self.seen = once, set()
+
+    def __call__(self, kernel):
+        again = kernel in self.seen
+        self.seen.add(kernel)
+        return not (again and self.once)
+
+
+def compiles(file, architecture, all, usual, once, *options, timeout=1200):
     """Run ``file``, which prints a line for each kernel that it compiles for ``architecture``.
 
     Args:
-        least: lines of all forms; usual: of the usual ones.
+        all, usual, once: how many lines there are at least, of all forms, the usual ones, of one per kernel.
     """
     pytest.importorskip("triton")
-    alone = os.environ.get("KERNEL_FORMS") == "usual"  # nothing else runs in this process
-    if architecture != WHOLE or alone:
+    forms = os.environ.get("KERNEL_FORMS")  # nothing else runs in this process then
+    least = all
+    if forms == "once" or (forms and architecture != WHOLE):
+        least, options = once, (*options, "--usual", "--once")
+    elif forms or architecture != WHOLE:
         least, options = usual, (*options, "--usual")
     command = [file, str(architecture), *options]
-    if alone and not INTERPRETED:
+    if forms and not INTERPRETED:
         with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(sys, "argv", command):
             runpy.run_path(file, run_name="__main__")
         assert said.getvalue().count("compiled") >= least

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_process import ARCHITECTURES, compiles
+from kernel_process import ARCHITECTURES, Chosen, compiles
 
 STACKS = {
     "bands": [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}],
@@ -247,35 +247,33 @@ def compiled(launch, architecture):
     return result
 
 
-def main(architectures, verbose, usual):
+def main(architectures, verbose, usual, once):
     def of(stack, forms):
         return [(form, options) for form, options in forms.items() if not usual or form in USUAL.get(stack, ())]
 
+    def compile_all(recorded, architecture, *what):
+        for launch in filter(lambda launch: chosen(launch.kernel), recorded):
+            result = compiled(launch, architecture)
+            used = resources(result) if verbose else ""
+            print("compiled", architecture, *what, launch.kernel.__name__, used, flush=True)
+
     for architecture in architectures:
+        chosen = Chosen(once)
         for stack in STACKS:
             for form, options in of(stack, FORMS):
-                for launch in launches(stack, **options):
-                    result = compiled(launch, architecture)
-                    used = resources(result) if verbose else ""
-                    print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
-        for stack, chosen in SIDE.items():
+                compile_all(launches(stack, **options), architecture, stack, form)
+        for stack, side in SIDE.items():
             forms = FORMS
-            if isinstance(chosen, tuple) and chosen[1] != "exact":
+            if isinstance(side, tuple) and side[1] != "exact":
                 forms = {"bf16": {}}  # in all forms: `test_approximate_compile.py`
-            elif isinstance(chosen, tuple):
+            elif isinstance(side, tuple):
                 forms = {**FORMS, **KEYS}
             else:
                 forms = {**FORMS, **PARTS}
             for form, options in of(stack, forms):
-                for launch in side_launches(stack, **options):
-                    result = compiled(launch, architecture)
-                    used = resources(result) if verbose else ""
-                    print("compiled", architecture, stack, form, launch.kernel.__name__, used, flush=True)
+                compile_all(side_launches(stack, **options), architecture, stack, form)
         for form, options in of("mask", MASKS):
-            for launch in mask_launches(**options):
-                result = compiled(launch, architecture)
-                used = resources(result) if verbose else ""
-                print("compiled", architecture, form, launch.kernel.__name__, used, flush=True)
+            compile_all(mask_launches(**options), architecture, form)
 
 
 def resources(result):
@@ -303,8 +301,9 @@ def resources(result):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     """In a process of its own: the interpreter, once imported, cannot be left."""
-    compiles(__file__, architecture, 270, 90, "--quiet")
+    compiles(__file__, architecture, 270, 100, 32, "--quiet")
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [90], "--quiet" not in sys.argv, "--usual" in sys.argv)
+    numbers, words = [int(a) for a in sys.argv[1:] if a.isdigit()], sys.argv
+    main(numbers or [90], "--quiet" not in words, "--usual" in words, "--once" in words)
