@@ -14,7 +14,7 @@ from sah_transformers.maskers import MaskerStack
 from sah_transformers.state import LayerState
 
 MOST_TAPES = 64
-"""Kept at once: each step needs its own."""
+"""Kept at once: a growing cache needs others at each step."""
 
 _tapes: dict[tuple[Any, ...], Tape] = {}
 
