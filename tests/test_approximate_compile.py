@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from kernel_process import ARCHITECTURES, Chosen, compiles
-from test_kernel_compile import Launch, compiled, resources
+from test_kernel_compile import Launch, compile_all
 
 FORMS = {
     "masses": {},
@@ -146,22 +146,18 @@ def prompt_launches(architecture, dtype=torch.bfloat16, D=128, bits=32, H=32, G=
 
 
 def main(architectures, verbose, usual, once):
-    def compile_all(recorded, architecture, *what):
-        for launch in filter(lambda launch: chosen(launch.kernel), recorded):
-            result = compiled(launch, architecture)
-            used = resources(result) if verbose else ""
-            print("compiled", architecture, *what, launch.kernel.__name__, used, flush=True)
-
     for architecture in architectures:
         chosen = Chosen(once)
         for form, options in PROMPTS.items():
             if form in USUAL or not usual:
-                compile_all(prompt_launches(architecture, **options), architecture, "hash_attention", form)
+                compile_all(
+                    prompt_launches(architecture, **options), chosen, verbose, architecture, "hash_attention", form
+                )
         for name in METHODS:
             for form, options in FORMS.items():
                 none = (options.get("summed") and name not in SUMMED) or (options.get("coarse") and name not in COARSE)
                 if not none and (form in USUAL or not usual):
-                    compile_all(launches(name, **options), architecture, name, form)
+                    compile_all(launches(name, **options), chosen, verbose, architecture, name, form)
 
 
 @pytest.mark.slow

@@ -247,21 +247,23 @@ def compiled(launch, architecture):
     return result
 
 
+def compile_all(recorded, chosen, verbose, architecture, *what):
+    """Compile the launches whose kernels are ``chosen``, and print a line for each."""
+    for launch in filter(lambda launch: chosen(launch.kernel), recorded):
+        result = compiled(launch, architecture)
+        used = resources(result) if verbose else ""
+        print("compiled", architecture, *what, launch.kernel.__name__, used, flush=True)
+
+
 def main(architectures, verbose, usual, once):
     def of(stack, forms):
         return [(form, options) for form, options in forms.items() if not usual or form in USUAL.get(stack, ())]
-
-    def compile_all(recorded, architecture, *what):
-        for launch in filter(lambda launch: chosen(launch.kernel), recorded):
-            result = compiled(launch, architecture)
-            used = resources(result) if verbose else ""
-            print("compiled", architecture, *what, launch.kernel.__name__, used, flush=True)
 
     for architecture in architectures:
         chosen = Chosen(once)
         for stack in STACKS:
             for form, options in of(stack, FORMS):
-                compile_all(launches(stack, **options), architecture, stack, form)
+                compile_all(launches(stack, **options), chosen, verbose, architecture, stack, form)
         for stack, side in SIDE.items():
             forms = FORMS
             if isinstance(side, tuple) and side[1] != "exact":
@@ -271,9 +273,9 @@ def main(architectures, verbose, usual, once):
             else:
                 forms = {**FORMS, **PARTS}
             for form, options in of(stack, forms):
-                compile_all(side_launches(stack, **options), architecture, stack, form)
+                compile_all(side_launches(stack, **options), chosen, verbose, architecture, stack, form)
         for form, options in of("mask", MASKS):
-            compile_all(mask_launches(**options), architecture, form)
+            compile_all(mask_launches(**options), chosen, verbose, architecture, form)
 
 
 def resources(result):
