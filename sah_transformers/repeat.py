@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sah_transformers.attention import Call, run
-from sah_transformers.kernels.device import on_device
+from sah_transformers.kernels.device import on_a_gpu, on_device
 from sah_transformers.kernels.tape import Tape, recording
 from sah_transformers.maskers import MaskerStack
 from sah_transformers.state import LayerState
@@ -63,8 +63,3 @@ def attend(
         state.follow(stack.stateful, keys.shape[2])
     with on_device(queries):
         return tape.play(given)
-
-
-def on_a_gpu(tensor: torch.Tensor) -> bool:
-    """Whether kernels may be launched on the memory of ``tensor``, which is not one of ``torch.func``'s."""
-    return tensor.is_cuda and not torch._C._are_functorch_transforms_active()

@@ -140,7 +140,10 @@ def side_launches(
 
     class Direct:
         def __call__(self, kernel, grid, *args, warps=4, **constants):
-            recorded.append(Launch(kernel, args, constants, warps, {}))
+            record(kernel, grid, args, constants, warps)
+
+    def record(kernel, grid, args, constants, warps):
+        recorded.append(Launch(kernel, args, constants, warps, {}))
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -167,6 +170,7 @@ def side_launches(
     pipeline.tuning_of = lambda *sizes: replace(tuning_of(*sizes), **tuning)
     launcher, pipeline.Launcher = pipeline.Launcher, Recorder
     launch_once, append.Direct = append.Direct, Direct
+    built, append.built = append.built, record
     try:
         pipeline.attend_rows(inputs, selection, side, given, positions)
         if isinstance(selection, Pages):
@@ -175,9 +179,11 @@ def side_launches(
             span, length = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
             append.fold(side["low"], side["high"], keys, span, positions, selection.size)
             append.follow(length, span, positions, mask[:, 0].expand(B, -1), 1)
-            append.append_token(keys, keys, inputs.k[:, :, :1], inputs.v[:, :, :1], length)
+            for known in (length, K - 1):
+                append.append_token(keys, keys, inputs.k[:, :, :1], inputs.v[:, :, :1], known)
     finally:
-        pipeline.tuning_of, pipeline.Launcher, append.Direct = tuning_of, launcher, launch_once
+        pipeline.tuning_of, pipeline.Launcher = tuning_of, launcher
+        append.Direct, append.built = launch_once, built
     return recorded
 
 
@@ -230,7 +236,9 @@ def compiled(launch, architecture):
             signature[name], constants[(i,)] = "constexpr", value
             assert function.arg_names[i] == list(launch.constants)[i - len(launch.args)], (function, name)
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = names[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = names[value.dtype]
+            if name not in plain:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and name not in plain:

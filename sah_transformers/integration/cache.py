@@ -12,6 +12,9 @@ from torch.autograd import forward_ad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from sah_transformers.kernels.append import append_token
+from sah_transformers.kernels.device import no_kernels, on_a_gpu
+
 SPARE = 8
 """A buffer holds room for an eighth more keys than it was made for."""
 
@@ -32,6 +35,8 @@ class Room:
         self.buffer, self.written = buffer, written
         self.target = buffer.data  # rows that no view shows are no change to tensors that autograd has saved
         self.kind = (buffer.shape[0], buffer.shape[1], buffer.shape[3], buffer.dtype, buffer.device)
+        self.token = torch.Size((*buffer.shape[:2], 1, buffer.shape[3]))
+        self.dense = buffer.is_contiguous()
         self.view: torch.Tensor | None = None
         self.lock = Lock()
 
@@ -60,6 +65,10 @@ class Room:
         same = held.data_ptr() == self.buffer.data_ptr() and held.stride() == self.buffer.stride()
         return same and kind_of(held) == self.kind
 
+    def takes_token(self, new: torch.Tensor) -> bool:
+        """Whether a launch can write ``new [B, G, 1, D]``."""
+        return new.shape == self.token and new.dtype == self.kind[3] and new.device == self.kind[4] and self.dense
+
     def takes(self, length: int, new: int) -> bool:
         """Whether ``new`` rows can be written behind the first ``length`` without anybody noticing.
 
@@ -78,8 +87,12 @@ class Room:
         """Write ``new`` behind the first ``length`` rows; the view of all of them."""
         added = new.shape[2]
         self.target.narrow(2, length, added).copy_(new)
-        self.written = max(self.written, length + added)
-        view = self.buffer.narrow(2, 0, length + added)
+        return self.first(length + added)
+
+    def first(self, length: int) -> torch.Tensor:
+        """The view of the first ``length`` rows, now that they are written."""
+        self.written = max(self.written, length)
+        view = self.buffer.narrow(2, 0, length)
         self.view = view
         return view
 
@@ -106,6 +119,12 @@ _ALONE = _uses(torch.empty(1))
 def transformed() -> bool:
     """Whether tensors may carry what writing into a buffer would lose: vmap's, jvp's and the like."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def takes_launches(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether launches may write a layer's new ``key`` and ``value``."""
+    plain = type(key) is type(value) is torch.Tensor and not torch.is_grad_enabled()
+    return plain and on_a_gpu(key) and not no_kernels(key)
 
 
 def appended(
@@ -161,10 +180,32 @@ class AppendingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held: Any = (self.keys, self.values)
+        if takes_launches(key_states, value_states) and self._append_token(key_states, value_states):
+            return self.keys, self.values  # type: ignore[return-value]
         keys, key_room = appended(held[0], key_states, self.key_room, self.most)
         values, value_room = appended(held[1], value_states, self.value_room, self.most)
         self.keys, self.values, self.key_room, self.value_room = keys, values, key_room, value_room
         return keys, values
+
+    def _append_token(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Append a token's ``key [B, G, 1, D]`` and ``value [B, G, 1, Dv]`` by a launch; False where PyTorch has to."""
+        keys, values = self.key_room, self.value_room
+        held_keys: Any = self.keys
+        held_values: Any = self.values
+        if keys is None or values is None or not (keys.takes_token(key) and values.takes_token(value)):
+            return False
+        if not (keys.holds(held_keys) and values.holds(held_values) and key.stride(3) == value.stride(3) == 1):
+            return False
+        length = held_keys.shape[2]
+        if held_values.shape[2] != length or keys.buffer.shape[2] != values.buffer.shape[2]:
+            return False
+        with keys.lock, values.lock:
+            if not (keys.takes(length, 1) and values.takes(length, 1)):
+                return False
+            if not append_token(keys.target, values.target, key, value, length):
+                return False
+            self.keys, self.values = keys.first(length + 1), values.first(length + 1)
+        return True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the sequences ``beam_idx`` of the batch."""

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from sah_transformers.kernels.approximate.methods import METHODS, method_of
 from sah_transformers.kernels.approximate.place import Direct, Span
+from sah_transformers.kernels.built import built
 from sah_transformers.kernels.decode import DTYPES
 from sah_transformers.kernels.decode.stack import power_of_2
 from sah_transformers.kernels.device import no_kernels, on_device
@@ -161,17 +162,49 @@ def _write(
 
 
 def append_token(
-    keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, length: torch.Tensor
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    length: torch.Tensor | int,
 ) -> bool:
-    """Write a token behind the first ``length`` of a static cache's buffers, and count it.
+    """Write a token behind the first ``length`` of a cache's buffers; a length that is a tensor counts it.
 
-    A token behind a full buffer is counted, not written. False, with nothing done, where the kernel cannot be built.
+    A token behind a full buffer is not written. False, with nothing done, where the kernel cannot be built.
 
     Args:
-        keys: ``[B, G, capacity, D]``, values: ``[B, G, capacity, Dv]``, contiguous; length: int64, one element.
+        keys: ``[B, G, capacity, D]``, values: ``[B, G, capacity, Dv]``, contiguous; length: a number, or int64, one
+            element.
         new_keys: ``[B, G, 1, D]``, new_values: ``[B, G, 1, Dv]``, the last dimension contiguous.
     """
-    if (StaticLayer, keys.device) in _unbuildable:
+    batch, groups, capacity, dim = keys.shape
+    kind = (batch, groups, dim, values.shape[3], keys.dtype, keys.device, type(length))
+    known = _token_launches.get(kind)
+    if known is None:
+        return _first_token(kind, keys, values, new_keys, new_values, length)
+    programs, (run, function, metadata, constants) = known
+    with on_device(keys):
+        run(
+            programs, 1, 1, torch._C._cuda_getCurrentRawStream(keys.device.index), function, metadata, None, None, None,
+            new_keys.data_ptr(), new_values.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            length if isinstance(length, int) else length.data_ptr(), batch * groups, capacity, groups,
+            *new_keys.stride()[:2], *new_values.stride()[:2], *constants,
+        )  # fmt: skip
+        if programs > 1 and isinstance(length, torch.Tensor):
+            length.add_(1)
+    return True
+
+
+def _first_token(
+    kind: tuple[Any, ...],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    length: torch.Tensor | int,
+) -> bool:
+    """``append_token`` where its kernel may have to be built."""
+    if (CacheLayerMixin, keys.device) in _unbuildable:
         return False
     batch, groups, capacity, dim = keys.shape
     rows, wide = batch * groups, values.shape[3]
@@ -181,16 +214,24 @@ def append_token(
     def run() -> bool:
         from sah_transformers.kernels.append_token import append_token_kernel
 
-        Direct()(
-            append_token_kernel, (programs, 1, 1), new_keys, new_values, keys, values, length, rows, capacity, groups,
-            *new_keys.stride()[:2], *new_values.stride()[:2], D=dim, DV=wide, BD=power_of_2(dim), BV=power_of_2(wide),
-            BR=tile, ALONE=programs == 1,
-        )  # fmt: skip
-        if programs > 1:
+        given = (new_keys, new_values, keys, values, length, rows, capacity, groups)
+        constants = {
+            "D": dim, "DV": wide, "BD": power_of_2(dim), "BV": power_of_2(wide), "BR": tile,
+            "POINT": isinstance(length, torch.Tensor), "ALONE": programs == 1,
+        }  # fmt: skip
+        strides = (*new_keys.stride()[:2], *new_values.stride()[:2])
+        entry = built(append_token_kernel, (programs, 1, 1), (*given, *strides), constants, warps=4)
+        if entry is not None:
+            _token_launches[kind] = programs, entry
+        if programs > 1 and isinstance(length, torch.Tensor):
             length.add_(1)
         return True
 
-    return _built(StaticLayer, keys, "tokens are appended to static caches", run) or False
+    return _built(CacheLayerMixin, keys, "tokens are appended to caches", run) or False
+
+
+_token_launches: dict[tuple[Any, ...], tuple[int, tuple[Any, ...]]] = {}
+"""Programs and what ``built`` gives, for tokens of one kind."""
 
 
 def follow(length: torch.Tensor, span: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, new: int) -> None:

@@ -28,6 +28,11 @@ def _too_old(device: torch.device) -> str:
     return ""
 
 
+def on_a_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels may be launched on the memory of ``tensor``, which is not one of ``torch.func``'s."""
+    return tensor.is_cuda and not torch._C._are_functorch_transforms_active()
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, where kernels are launched."""
     if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:
