@@ -28,7 +28,7 @@ NOW = {
 
 SMALL: dict[str, dict[str, Any]] = {
     "listed 1024": {"ALWAYS_LISTED": 1024},
-    "listed 256": {"ALWAYS_LISTED": 256},
+    "listed 128": {"ALWAYS_LISTED": 128},
     "sample 128": {"LEAST_SAMPLE": 128, "SAMPLE_SHARE": 16, "tiles": {"bracket": (64, 128, 4, 1)}},
     "bracket 128 rows": {"tiles": {"bracket": (128, 256, 8, 1)}},
     "bracket 32 rows": {"tiles": {"bracket": (32, 256, 4, 1)}},

@@ -190,15 +190,17 @@ def test_bracket_and_tiles_of_queries(kind, monkeypatch):
 
 
 @runs_kernels
-@pytest.mark.parametrize("deviations", [0.0, -2.0])
-def test_a_missed_bracket_is_settled(deviations, monkeypatch):
-    from sah_transformers.kernels.prefill import parts
+@pytest.mark.parametrize(("deviations", "rows"), [(0.0, 12), (-2.0, 12), (-2.0, 40)])
+def test_a_missed_bracket_is_settled(deviations, rows, monkeypatch):
+    """By one program, three times where there are 40 rows."""
+    from sah_transformers.kernels.prefill import launch, parts
 
     monkeypatch.setattr(parts, "ALWAYS_LISTED", 32)
     monkeypatch.setattr(parts, "SAMPLE_STRIDE", 1)
     monkeypatch.setattr(parts, "DEVIATIONS", deviations)
     monkeypatch.setattr(parts.Part, "sized", classmethod(lambda cls, rows, *_: cls(rows, 1, 96, 32)))
-    check(make(data("small integers", 1, 1, 1, 12, 150, 16, 16, torch.float32), [SINK, best(0.1)]))
+    monkeypatch.setattr(launch, "SETTLE_PROGRAMS", 1)
+    check(make(data("small integers", 1, 1, 1, rows, 150, 16, 16, torch.float32), [SINK, best(0.1)]))
 
 
 @runs_kernels

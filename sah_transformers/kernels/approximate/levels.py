@@ -57,11 +57,11 @@ def level_kernel(
         m_v = between(o_k, first_end, last_start)
         for i_h in range(H // G):
             i_r = (i_e // Q) * (H // G * Q) + i_q + i_h * Q
-            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k)
+            b_s = tl.load(scores + i_r.to(tl.int64) * (stride * 16) + o_k, eviction_policy="evict_first")
             m_v = m_v & (b_s != float("-inf"))
             share = 1.0 / tl.maximum(tl.load(stats + R + i_r), 1.0)
             b_v += tl.exp(b_s - tl.load(stats + i_r)) * share
-        tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v)
+        tl.store(ranking + i_e.to(tl.int64) * (stride * 16) + o_k, b_v, eviction_policy="evict_last")
     else:
         b_v = tl.load(scores + i_e.to(tl.int64) * (stride * 16) + o_k)
         m_v = between(o_k, first_end, last_start) & (b_v != float("-inf"))
@@ -112,7 +112,7 @@ def keep_scores(
     """Scores of a chunk, levels of the candidates of `open_row` among them, and how many keys each level has."""
     begin, end, middle, slope = row
     o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-    tl.store(scores + i_e.to(tl.int64) * (stride * 16) + o_k, b_s)
+    tl.store(scores + i_e.to(tl.int64) * (stride * 16) + o_k, b_s, eviction_policy="evict_last")
     i_b = i_e // (tl.num_programs(1) // B)
     m_k = seen_of(mask, i_b, i_e % Q, o_k, begin, end, K, sm_b, sm_q, sm_k, Q, CAUSAL, MASKED)
     b_l = levels_of(b_s, m_k & (b_s != float("-inf")), middle, slope, slope, False, BINS)

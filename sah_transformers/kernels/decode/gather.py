@@ -77,7 +77,7 @@ def gather_kernel(
         b_total = tl.zeros([BT], tl.float32)
         for i_c in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, CHUNK))):
             o_k = i_c * CHUNK + tl.arange(0, CHUNK)
-            b_s = tl.load(p_s + o_k, mask=o_k < stride * 16, other=float("-inf"))
+            b_s = tl.load(p_s + o_k, mask=o_k < stride * 16, other=float("-inf"), eviction_policy="evict_first")
             m_taken, m_listed = taken_of(b_s, o_k, cut, False)
             b_rank = tl.cumsum(m_taken.to(tl.int32), 0) - 1
             counts = tl.sum(m_taken.to(tl.int32) + (m_listed.to(tl.int32) << 16))
@@ -180,9 +180,11 @@ def stream_kernel(
         for i_c in tl.range(i_s * per_split, tl.minimum((i_s + 1) * per_split, tl.cdiv(K, BN)), num_stages=STAGES):
             o_k = i_c * BN + tl.arange(0, BN)
             p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
-            b_s = tl.load(p_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :], other=float("-inf"))
+            m_in = m_m[:, None] & (o_k < stride * 16)[None, :]
+            b_s = tl.load(p_s, mask=m_in, other=float("-inf"), eviction_policy="evict_first")
             p_vt = p_v + o_k[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
-            b_v = tl.load(p_vt, mask=(o_k < K)[:, None] & (o_d < DV)[None, :], other=0.0)
+            m_vt = (o_k < K)[:, None] & (o_d < DV)[None, :]
+            b_v = tl.load(p_vt, mask=m_vt, other=0.0, eviction_policy="evict_first")
             m_taken, m_listed = taken_of(b_s, o_k[None, :], cut, False)
             o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
             keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)

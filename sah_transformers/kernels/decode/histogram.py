@@ -40,7 +40,7 @@ def histogram_kernel(
         o_r = (i_e // Q) * (H // G * Q) + i_q + o_h * Q
         p_s = scores + o_r.to(tl.int64) * (stride * 16) + o_k[None, :]
         m_k = (o_k < stride * 16)[None, :]
-        b_s = tl.load(p_s, mask=m_h & m_k, other=float("-inf"))
+        b_s = tl.load(p_s, mask=m_h & m_k, other=float("-inf"), eviction_policy="evict_first")
         total = tl.load(stats + R + o_r, mask=m_h, other=1.0)
         b_w = weight_of(b_s - tl.load(stats + o_r, mask=m_h, other=0.0), weights.dtype.element_ty == tl.float32)
         b_v = tl.sum(b_w / tl.maximum(total, 1.0), 0)

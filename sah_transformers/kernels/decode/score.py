@@ -70,7 +70,8 @@ def keep_tile(
             m_s = m_s & (tl.load(p_mask, mask=m_s, other=0) != 0)
     b_s = tl.where(m_s, b_s, float("-inf"))
     p_s = scores + o_r[:, None].to(tl.int64) * (stride * 16) + o_k[None, :]
-    tl.store(p_s, b_s, mask=m_m[:, None] & (o_k < stride * 16)[None, :])
+    m_in = m_m[:, None] & (o_k < stride * 16)[None, :]
+    tl.store(p_s, b_s, mask=m_in, eviction_policy="evict_last")
     if MASSES != 1:
         m_free = m_s & (o_k[None, :] >= first_end[:, None]) & (o_k[None, :] < last_start[:, None])
     if MASSES:
@@ -153,7 +154,8 @@ def score_chunk(
         if k.dtype.element_ty == tl.float32:
             b_s = precise_scores(p_q, m_m, p_kt, o_k < K, scaling, D, BD)
         else:
-            b_k = tl.load(p_kt + o_d[None, :], mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)
+            m_kt = (o_k < K)[:, None] & m_d[None, :]
+            b_k = tl.load(p_kt + o_d[None, :], mask=m_kt, other=0.0, eviction_policy="evict_first")
             b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
         b_s = capped(b_s, softcap, SOFTCAP)
         b_peak, b_one, b_two = keep_tile(

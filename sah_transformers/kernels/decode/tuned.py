@@ -4,6 +4,7 @@ at run time."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Tuning:
     """
 
     tile: int = 128
-    tiles: int = 2
+    tiles: int = 1
     score_warps: int = 4
-    score_stages: int = 2
+    score_stages: int = 1
     look_segments: int = 4
     samples: int = 512
     slice: int = 64
@@ -60,9 +61,8 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
     bins, listed = (256, 64) if keys <= 4096 else (1024, 64) if keys <= 2**18 else (2048, 128)
     wide = itemsize * dim
     slim = max(16, min(64, 64 * 256 // wide))
-    short = keys <= 2**16 and itemsize == 2
     tuning = Tuning(
-        tile=slim if short or itemsize == 4 else max(16, min(128, 128 * 256 // wide)),
+        tile=max(16, min(128, 128 * 256 // wide)),
         slice=slim,
         bins=bins,
         listed=listed,
@@ -71,9 +71,12 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         parts=max(16, min(64, 64 * 128 // dim)),
         band_tile=slim,
     )
+    if itemsize == 4:
+        tuning = replace(tuning, tile=slim, tiles=2, score_stages=2)
     if kind == "group":
+        gather: dict[str, Any] = {"chunk": 2048, "gather_programs": 256, "gather_warps": 4}
         rows = max(16, min(128, 128 * 256 // wide))
-        return replace(tuning, samples=1024, chunk=2048, gather_programs=512, gather_warps=4, rows=rows)
+        return replace(tuning, samples=1024, histogram_chunk=512, rows=rows, **gather)
     if kind == "mass":
         return replace(tuning, samples=1024, bins=2 * bins)
     return replace(tuning, samples=256, listed=32) if keys <= 2**15 else tuning

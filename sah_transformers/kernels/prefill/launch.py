@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FEW_PROGRAMS = 64
 """So few programs of the last kernel wait for loads more than they compute: their tiles are narrow."""
 
+SETTLE_PROGRAMS = 1024
+"""Programs to aim for that look for rows which a bracket missed."""
+
 SELECT_WIDTH = 512
 """Scores of a quarter row's list per warp of the kernels that find the cut in the lists."""
 
@@ -249,7 +252,8 @@ def find_cuts(
         return cuts, needs, tied, totals
     block, step, warps, pivots = tiles.settle
     block = max(block, stacked)
-    settle_kernel[(triton.cdiv(rows, block // stacked), ranked)](
+    programs = min(triton.cdiv(rows, block // stacked), max(1, SETTLE_PROGRAMS // ranked))
+    settle_kernel[(programs, ranked)](
         queries, keys, stats, cuts, needs, tied, waiting, queue, *sight.tensors, *where, *budget, attend_tiles,
         *logits, totals, **shape, BM=block, BN=step, PIVOTS=pivots, TILE=attend_rows, **flags, **budgets,
         MASS=mass is not None, **summed, num_warps=warps, num_stages=2, **FUSION,

@@ -36,7 +36,8 @@ LEAST_SAMPLE, ENOUGH_SAMPLE = 256, 1024
 """A row that the bracket misses costs a program of its own that reads all keys: a larger sample is cheaper."""
 
 ALWAYS_LISTED = 512
-"""Rows with at most this many candidates list them all."""
+"""Where no row has more candidates than this, all are listed, and no bracket is sought. Beside longer rows a row is
+that has at most as many as are sampled, or as this."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Part:
             share = min(1.0, most(scored.budget, seen) / seen)
             deviation = math.sqrt(max(share * (1 - share), 1 / sample) / (chunks * sample))
             inside = (2 * DEVIATIONS + 5.0) * deviation + 2 / sample + 0.005
-        listed = min(seen, max(ALWAYS_LISTED, int(seen * inside)))
-        capacity = triton.cdiv(listed, 128) * 32 + slack
+        listed = min(seen, max(min(ALWAYS_LISTED, chunks * sample), int(seen * inside)))
+        capacity = triton.cdiv(listed, 128) * 32 + 2 * slack
         return cls(rows, chunks, capacity, min(listed, 4 * (capacity - 2 * slack)))
 
 

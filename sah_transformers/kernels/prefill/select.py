@@ -25,32 +25,49 @@ def listed_scores(p_list, p_count, BC: tl.constexpr):
 
 
 @triton.jit
-def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
-    """(cut, need) of the ``wanted`` best of a row's lists, by counting at interpolated pivots.
+def offset_of(width, share):
+    """An offset strictly inside of a range of ``width`` integers, about a ``share`` of it."""
+    return tl.minimum(tl.maximum((width.to(tl.float32) * share).to(tl.uint32), 1), width - 1)
 
-    Pivots are integers in the order of the scores, so that the search ends; the scores themselves stay floats.
+
+@triton.jit
+def narrowed(b_x, low, offset, wanted, below, above, at_low, at_high):
+    """(below, above, at_low, at_high): the offsets from ``low`` that have the cut between them, and how many scores are
+    at or above each, once those at or above another ``offset`` are counted; offsets come in ascending order."""
+    count = tl.sum((b_x >= restored((low + offset).to(tl.int32, bitcast=True))).to(tl.int32))
+    enough = count >= wanted
+    below, at_low = tl.where(enough, offset, below), tl.where(enough, count, at_low)
+    above = tl.where(enough, above, tl.minimum(above, offset))
+    return below, above, at_low, tl.where(enough, at_high, tl.maximum(at_high, count))
+
+
+@triton.jit
+def search(p_list, p_count, inside, wanted, BC: tl.constexpr):
+    """(cut, need) of the ``wanted`` best of a row's lists, by counting at three pivots at a time.
+
+    Pivots are integers in the order of the scores, so that the search ends; the scores themselves stay floats. They lie
+    around where the count would be ``wanted`` were the scores between the ends spread evenly, as far apart as such a
+    guess is wrong, so that the next ends are close to the cut on both sides.
     """
     b_x, m_x = listed_scores(p_list, p_count, BC)
-    low = ordered(tl.min(tl.where(m_x, b_x, float("inf")))).to(tl.int64)
-    high = ordered(tl.max(b_x)).to(tl.int64) + 1
-    at_low, at_high = inside, inside * 0  # at or above low: enough; at or above high: too few
-    aside = 0.0
+    low = ordered(tl.min(tl.where(m_x, b_x, float("inf")))).to(tl.uint32, bitcast=True)
+    width = ordered(tl.max(b_x)).to(tl.uint32, bitcast=True) - low + 1
+    at_low, at_high = inside, inside * 0  # at or above low: enough; at or above low + width: too few
     step = 0
-    while (high - low > 1) & (at_low != wanted):
+    while (width > 1) & (at_low != wanted):
         left = (at_low - at_high).to(tl.float32)
-        share = ((at_low - wanted).to(tl.float32) + aside * tl.sqrt(left)) / left
-        share = tl.where((step >= 8) & (step % 2 == 0), 0.5, share)  # whatever the values: the range is halved
-        middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
-        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        count = tl.sum((b_x >= restored(middle.to(tl.int32))).to(tl.float32)).to(tl.int32)
-        enough = count >= wanted
-        low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, count, at_low)
-        high = tl.where(enough, high, middle)
-        at_high = tl.where(enough, at_high, count)
-        aside = tl.where(enough, 0.7, -0.7)  # aim beyond the cut, so that both ends come close to it
+        share, apart = (at_low - wanted).to(tl.float32) / left, 0.35 * tl.rsqrt(left)
+        if step >= 6:  # whatever the values: a quarter of the range is left
+            share, apart = share * 0.0 + 0.5, apart * 0.0 + 0.25
+        below, above = width * 0, width
+        for i in tl.static_range(3):
+            aim = tl.minimum(tl.maximum(share + apart * (i - 1), 0.0), 1.0)
+            below, above, at_low, at_high = narrowed(
+                b_x, low, offset_of(width, aim), wanted, below, above, at_low, at_high
+            )
+        low, width = low + below, above - below
         step += 1
-    return restored(low.to(tl.int32)), tl.where(at_low == wanted, ALL, wanted - at_high)
+    return restored(low.to(tl.int32, bitcast=True)), tl.where(at_low == wanted, ALL, wanted - at_high)
 
 
 @triton.jit

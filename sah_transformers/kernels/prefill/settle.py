@@ -28,7 +28,7 @@ def settle_kernel(
     CAUSAL: tl.constexpr, FIRST_IS_SHARE: tl.constexpr, LAST_IS_SHARE: tl.constexpr, BUDGET_IS_SHARE: tl.constexpr,
     MASKED: tl.constexpr, MASS: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows of one head's queue; does nothing where the queue is shorter.
+    """One program: BM rows of one head's queue at a time, as there are; most queues have few, if any.
 
     Each pass counts (MASS: weighs) the candidates at or above PIVOTS pivots: first around the bracket that missed,
     then evenly
@@ -37,9 +37,9 @@ def settle_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     length = tl.load(waiting + i_bh)
     BQ: tl.constexpr = BM // HEADS
-    o_i = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    m_i = o_i < length
-    if tl.program_id(0) * BQ < length:
+    for i_p in range(tl.program_id(0) * BQ, length, tl.num_programs(0) * BQ):
+        o_i = i_p + tl.arange(0, BQ)
+        m_i = o_i < length
         i_b, i_h = i_bh // H, i_bh % H
         o_q = tl.load(queue + i_bh * Q + o_i, mask=m_i, other=0)
         b_q = load_queries(q, stride_qb, stride_qh, stride_qq, o_q, m_i, i_b, i_h, group, D, BD, HEADS)
