@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sah_transformers import repeat
 from sah_transformers.config import parse_stack
 from sah_transformers.kernels.device import HAS_TRITON
 from sah_transformers.kernels.dispatch import fast_attention, fast_selection
@@ -307,34 +308,46 @@ def sparse_attention(
     """
     check_kernel(kernel)
     configs = parse_stack(maskers, "maskers")
-    stack = [
-        masker if isinstance(masker, Masker) else MaskerRegistry.create_masker(config)
-        for masker, config in zip(maskers, configs, strict=True)
-    ]
-    call = make_call(
-        queries,
-        keys,
-        values,
-        stack,
-        attention_mask=attention_mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=sinks,
-        position_bias=position_bias,
-        indices=indices,
-        previous_mask=previous_mask,
-        dropout=dropout,
-        layer_idx=layer_idx,
-        head_offset=head_offset,
-        layer_state=None if state is None else state.layer(layer_idx),
-        kernel=kernel,
-    )
-    if not return_mask:
-        return run(call)[0]
-    masks: list[Mask] = []
-    out, _ = run(call, masks=masks)
-    return out, _join(masks, call)
+    if any(isinstance(masker, Masker) for masker in maskers):
+        made = zip(maskers, configs, strict=True)
+        stack = MaskerStack(one if isinstance(one, Masker) else MaskerRegistry.create_masker(c) for one, c in made)
+    else:
+        stack = MaskerRegistry.stack_of(configs)
+    layer_state = None if state is None else state.layer(layer_idx)
+
+    def call() -> Call:
+        return make_call(
+            queries,
+            keys,
+            values,
+            stack,
+            attention_mask=attention_mask,
+            is_causal=is_causal,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+            position_bias=position_bias,
+            indices=indices,
+            previous_mask=previous_mask,
+            dropout=dropout,
+            layer_idx=layer_idx,
+            head_offset=head_offset,
+            layer_state=layer_state,
+            kernel=kernel,
+        )
+
+    if return_mask:
+        whole, masks = call(), list[Mask]()
+        out, _ = run(whole, masks=masks)
+        return out, _join(masks, whole)
+    given = [queries, keys, values] if sinks is None else [queries, keys, values, sinks]
+    others = (attention_mask, position_bias, indices, previous_mask)
+    alike = kernel != "reference" and not dropout and all(other is None for other in others)
+    if not alike or not all(type(tensor) is torch.Tensor for tensor in given) or torch.compiler.is_compiling():
+        return run(call())[0]
+    numbers = (is_causal, scaling, softcap, kernel, *[tensor.device for tensor in given])
+    tensors = (queries, keys, values, None, sinks, layer_state if stack.stateful else None)
+    return repeat.attend(lambda: run(call())[0], stack, *tensors, *numbers, seldom=True)
 
 
 def check_kernel(kernel: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 import sah_transformers
-from sah_transformers import AppendingCache, repeat
+from sah_transformers import AppendingCache, State, repeat, sparse_attention
 from sah_transformers.kernels.tape import Address, Tape, new, note, recording
 
 WINDOWS = [{"type": "sink", "sink_size": 2}, {"type": "local", "window_size": 3}]
@@ -102,7 +102,7 @@ def check(story, *models, monkeypatch):
     """`story(*models)`, which gives `Steps`, tells the same with and without tapes."""
     found = story(*models)
     with monkeypatch.context() as patch:
-        patch.setattr(repeat, "attend", lambda make, *_: repeat.run(make())[0])
+        patch.setattr(repeat, "attend", lambda run, *_: run())
         expected = story(*models)
     for ours, truth in zip(found, expected, strict=True):
         assert len(ours.logits) == len(truth.logits)
@@ -288,6 +288,89 @@ def test_nothing_but_launches_is_left_out(name, played, monkeypatch):
     steps.take(10)
     assert len(repeat._tapes) == tapes + 1
     assert names <= {"empty", "fill_", "slice", "expand", "view", "detach", "alias", "unsqueeze", "arange"}
+
+
+def tensors(seed, keys=17, rows=1, dtype=torch.float32):
+    """Queries, keys and values of a call without a model."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, 4, rows, 16), (1, 2, keys, 16), (1, 2, keys, 16)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def without_tapes(monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(repeat, "attend", lambda run, *_, **__: run())
+        return call()
+
+
+@kernel_test
+@all_stacks
+@torch.no_grad()
+def test_calls_without_a_model(name, played, monkeypatch):
+    """From the third of a kind on; what tells two calls apart tells their tapes apart."""
+    kinds = [{}, {"scaling": 1.5}, {"is_causal": False}, {"softcap": 2.0}, {"sinks": torch.arange(4.0, device=DEVICE)}]
+    for kind in kinds if name in ("windows", "top-k") else kinds[:1]:
+        before = len(played)
+        for given in map(tensors, range(5)):
+
+            def call(given=given, kind=kind):
+                state = State()  # of one sequence, which comes at once
+                options = {"kernel": "triton", "return_mask": False, "state": state, **kind}
+                return sparse_attention(*given, STACKS[name], **options)
+
+            assert torch.equal(call(), without_tapes(monkeypatch, call)), kind
+        assert len(played) - before == (0 if "quest" in name else 3)  # the first key of a sequence is no step
+
+
+@kernel_test
+@torch.no_grad()
+def test_layers_without_a_model(played, monkeypatch):
+    """Side data of layers that follow a sequence; budgets that are equal numbers but not the same."""
+
+    def story(stack):
+        state, outs = State(), []
+        for keys in range(17, 21):
+            for layer in range(4):
+                given = tensors(layer, 24)
+                given = [given[0], *(tensor[:, :, :keys] for tensor in given[1:])]
+                options = {"kernel": "triton", "return_mask": False, "state": state, "layer_idx": layer}
+                outs.append(sparse_attention(*given, stack, **options))
+        return outs
+
+    for stack in (STACKS["quest"], STACKS["top-k"]):
+        before = len(played)
+        found = story(stack)
+        assert len(played) - before >= 2 * 2
+        assert all(map(torch.equal, found, without_tapes(monkeypatch, lambda stack=stack: story(stack))))
+    one, all_of_them = ([{"type": "oracle_top_k", "heavy_size": size}] for size in (1, 1.0))
+    for stack in (one, all_of_them) * 3:
+
+        def call(stack=stack):
+            return sparse_attention(*tensors(0), stack, kernel="triton", return_mask=False)
+
+        assert torch.equal(call(), without_tapes(monkeypatch, call))
+    assert not torch.equal(call(), call(one))
+
+
+@kernel_test
+@torch.no_grad()
+def test_calls_without_a_model_that_are_not_repeated(played):
+    """Masks, and whatever is refused is refused after calls of its shapes as well."""
+    given, stack = tensors(0), STACKS["top-k"]
+    for _ in range(4):
+        sparse_attention(*given, stack, attention_mask=torch.ones(1, 17), kernel="triton", return_mask=False)
+        sparse_attention(*given, stack, kernel="triton")
+        sparse_attention(*given, stack, kernel="reference", return_mask=False)
+    assert not played
+    for _ in range(4):
+        sparse_attention(*given, stack, kernel="triton", return_mask=False)
+    assert len(played) == 2
+    for wrong, message in (
+        ([given[0], None, given[2]], "keys must be"),
+        ([*given[:2], given[2][:, :, 1:]], "values must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_attention(*wrong, stack, kernel="triton", return_mask=False)
 
 
 def recorded(*args, given, whole=True):

@@ -287,7 +287,7 @@ def attend_planned(
         return run(call(), return_weights=weights)
     tensors = (query, key, value, arguments["attention_mask"], arguments["sinks"])
     numbers = (arguments["is_causal"], arguments["scaling"], arguments["softcap"], plan.min_keys, plan.kernel)
-    return repeat.attend(call, stack, *tensors, state, *numbers), None
+    return repeat.attend(lambda: run(call())[0], stack, *tensors, state, *numbers), None
 
 
 def attend_or_undo(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from sah_transformers.maskers.base import Masker, MaskerConfig
+from sah_transformers.maskers.stack import MaskerStack
 from sah_transformers.spelling import unknown_name
 
 M = TypeVar("M", bound=type[Masker])
+
+MOST_STACKS = 64
+"""Kept at once, for calls to come."""
 
 
 class MaskerRegistry:
@@ -16,6 +20,7 @@ class MaskerRegistry:
 
     _maskers: ClassVar[dict[type[MaskerConfig], type[Masker]]] = {}
     _configs: ClassVar[dict[str, type[MaskerConfig]]] = {}
+    _stacks: ClassVar[dict[tuple[Any, ...], MaskerStack]] = {}
 
     @classmethod
     def register(cls, config_class: type[MaskerConfig]) -> Callable[[M], M]:
@@ -38,6 +43,7 @@ class MaskerRegistry:
         def decorate(masker_class: M) -> M:
             cls._maskers[config_class] = masker_class
             cls._configs[config_class.type] = config_class
+            cls._stacks.clear()
             return masker_class
 
         return decorate
@@ -90,3 +96,25 @@ class MaskerRegistry:
             if config_class in cls._maskers:
                 return cls._maskers[config_class].create_from_config(config)
         raise ValueError(f"{type(config).__name__} has no registered masker")
+
+    @classmethod
+    def stack_of(cls, configs: Sequence[MaskerConfig]) -> MaskerStack:
+        """The maskers of ``configs``, in order; the same object again where their work depends on nothing else.
+
+        Raises:
+            ValueError: when a config's class is not registered.
+        """
+        values = [tuple(vars(config).values()) for config in configs]
+        kind = tuple((type(config), each, *map(type, each)) for config, each in zip(configs, values, strict=True))
+        try:
+            known = cls._stacks.get(kind)
+        except TypeError:  # a config of the user's that holds a list
+            return MaskerStack(map(cls.create_masker, configs))
+        if known is not None:
+            return known
+        stack = MaskerStack(map(cls.create_masker, configs))
+        if stack.in_launches:
+            if len(cls._stacks) >= MOST_STACKS:
+                cls._stacks.clear()
+            cls._stacks[kind] = stack
+        return stack
