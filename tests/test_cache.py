@@ -475,7 +475,7 @@ def test_saved_with_torch():
 
 
 def test_a_failed_call_leaves_it_usable(monkeypatch):
-    from sah_transformers import repeat
+    from sah_transformers.integration import attention_function
 
     def fail(*args, **kwargs):
         raise RuntimeError("no luck")
@@ -485,7 +485,7 @@ def test_a_failed_call_leaves_it_usable(monkeypatch):
     logits(model, IDS, past_key_values=cache)
     before = copy.deepcopy(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(repeat, "run", fail)
+        patch.setattr(attention_function, "run", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             logits(model, prompt(2), past_key_values=cache)
     same(cache, before)

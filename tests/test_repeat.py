@@ -311,7 +311,7 @@ def test_calls_without_a_model(name, played, monkeypatch):
     kinds = [{}, {"scaling": 1.5}, {"is_causal": False}, {"softcap": 2.0}, {"sinks": torch.arange(4.0, device=DEVICE)}]
     for kind in kinds if name in ("windows", "top-k") else kinds[:1]:
         before = len(played)
-        for given in map(tensors, range(5)):
+        for given in map(tensors, range(4)):
 
             def call(given=given, kind=kind):
                 state = State()  # of one sequence, which comes at once
@@ -319,7 +319,7 @@ def test_calls_without_a_model(name, played, monkeypatch):
                 return sparse_attention(*given, STACKS[name], **options)
 
             assert torch.equal(call(), without_tapes(monkeypatch, call)), kind
-        assert len(played) - before == (0 if "quest" in name else 3)  # the first key of a sequence is no step
+        assert len(played) - before == (0 if "quest" in name else 2)  # the first key of a sequence is no step
 
 
 @kernel_test
@@ -329,8 +329,8 @@ def test_layers_without_a_model(played, monkeypatch):
 
     def story(stack):
         state, outs = State(), []
-        for keys in range(17, 21):
-            for layer in range(4):
+        for keys in range(17, 20):
+            for layer in range(3):
                 given = tensors(layer, 24)
                 given = [given[0], *(tensor[:, :, :keys] for tensor in given[1:])]
                 options = {"kernel": "triton", "return_mask": False, "state": state, "layer_idx": layer}
@@ -340,10 +340,10 @@ def test_layers_without_a_model(played, monkeypatch):
     for stack in (STACKS["quest"], STACKS["top-k"]):
         before = len(played)
         found = story(stack)
-        assert len(played) - before >= 2 * 2
+        assert len(played) - before >= 2
         assert all(map(torch.equal, found, without_tapes(monkeypatch, lambda stack=stack: story(stack))))
     one, all_of_them = ([{"type": "oracle_top_k", "heavy_size": size}] for size in (1, 1.0))
-    for stack in (one, all_of_them) * 3:
+    for stack in (one, all_of_them, one, one, all_of_them):
 
         def call(stack=stack):
             return sparse_attention(*tensors(0), stack, kernel="triton", return_mask=False)
