@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import test_cache
+import test_repeat
 import torch
 from hypothesis import given as for_all
 from hypothesis import settings
 from hypothesis import strategies as st
-from kernel_process import DEVICE, INTERPRETED, in_triton, interpreter_test, kernel_test, passes_in_the_interpreter
+from kernel_process import DEVICE, GPU, INTERPRETED, in_triton, interpreter_test, kernel_test, passes_in_the_interpreter
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -17,6 +18,7 @@ from sah_transformers.integration import cache, static_layer
 from sah_transformers.integration.cache import AppendingLayer
 from sah_transformers.integration.cache_state import carrying, state_of
 from sah_transformers.integration.static_layer import OneLaunchLayer, one_launch_cache
+from sah_transformers.kernels import append
 
 
 @interpreter_test
@@ -178,6 +180,28 @@ def test_a_dynamic_cache_in_all_but_speed(operations):
 
 
 @kernel_test
+@pytest.mark.skipif(GPU, reason="kernels are compiled there")
+@torch.no_grad()
+def test_compiled_kernels_are_launched_on_addresses(launches, monkeypatch):
+    """Of both kinds of caches, of one program and of several, which do not count."""
+    monkeypatch.setattr(append, "built", test_repeat.built)
+    monkeypatch.setattr(append, "_token_launches", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    for B in (2, 40):
+        static, growing, truth = OneLaunchLayer(9), AppendingLayer(), DynamicLayer()
+        for step, new in enumerate((3, 1, 1, 1)):
+            given = token(B, 2, new, 64, 48, torch.float32, step)
+            held_keys, held_values = truth.update(*given)
+            assert all(map(torch.equal, growing.update(*given), (held_keys, held_values)))
+            keys, values = static.update(*given)
+            assert torch.equal(keys[:, :, : 3 + step], held_keys)
+            assert torch.equal(values[:, :, : 3 + step], held_values)
+            assert int(static.cumulative_length) == 3 + step
+    assert len(launches) == 12
+    assert len(append._token_launches) == 4
+
+
+@kernel_test
 def test_what_growing_layers_leave_to_pytorch(launches):
     """The first token, gradients, another type (promoted), features that do not lie side by side, buffers apart."""
     given = token(1, 2, 1, 16, 16, torch.float32, 0)
@@ -206,8 +230,6 @@ def test_what_growing_layers_leave_to_pytorch(launches):
 @kernel_test
 @torch.no_grad()
 def test_where_the_kernel_cannot_be_built(launches, monkeypatch, caplog):
-    from sah_transformers.kernels import append
-
     monkeypatch.setattr(append, "built", in_triton("out of resource: shared memory"))
     monkeypatch.setattr(append, "_token_launches", {})
     monkeypatch.setattr(append, "_unbuildable", set())

@@ -179,51 +179,42 @@ def append_token(
     """
     batch, groups, capacity, dim = keys.shape
     kind = (batch, groups, dim, values.shape[3], keys.dtype, keys.device, type(length))
+    numbers = (batch * groups, capacity, groups, *new_keys.stride()[:2], *new_values.stride()[:2])
     known = _token_launches.get(kind)
     if known is None:
-        return _first_token(kind, keys, values, new_keys, new_values, length)
+        return _first_token(kind, (new_keys, new_values, keys, values, length, *numbers))
     programs, (run, function, metadata, constants) = known
     with on_device(keys):
         run(
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(keys.device.index), function, metadata, None, None, None,
             new_keys.data_ptr(), new_values.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            length if isinstance(length, int) else length.data_ptr(), batch * groups, capacity, groups,
-            *new_keys.stride()[:2], *new_values.stride()[:2], *constants,
+            length if isinstance(length, int) else length.data_ptr(), *numbers, *constants,
         )  # fmt: skip
         if programs > 1 and isinstance(length, torch.Tensor):
             length.add_(1)
     return True
 
 
-def _first_token(
-    kind: tuple[Any, ...],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    new_keys: torch.Tensor,
-    new_values: torch.Tensor,
-    length: torch.Tensor | int,
-) -> bool:
-    """``append_token`` where its kernel may have to be built."""
+def _first_token(kind: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+    """``append_token`` where its kernel, whose arguments are ``given``, may have to be built."""
+    _, _, keys, values, length, rows, *_ = given
     if (CacheLayerMixin, keys.device) in _unbuildable:
         return False
-    batch, groups, capacity, dim = keys.shape
-    rows, wide = batch * groups, values.shape[3]
+    dim, wide = keys.shape[3], values.shape[3]
     tile = max(1, min(power_of_2(rows), MOST_AT_ONCE // power_of_2(max(dim, wide))))
-    programs = -(-rows // tile)
+    programs, point = -(-rows // tile), isinstance(length, torch.Tensor)
+    constants = {
+        "D": dim, "DV": wide, "BD": power_of_2(dim), "BV": power_of_2(wide), "BR": tile, "POINT": point,
+        "ALONE": programs == 1,
+    }  # fmt: skip
 
     def run() -> bool:
         from sah_transformers.kernels.append_token import append_token_kernel
 
-        given = (new_keys, new_values, keys, values, length, rows, capacity, groups)
-        constants = {
-            "D": dim, "DV": wide, "BD": power_of_2(dim), "BV": power_of_2(wide), "BR": tile,
-            "POINT": isinstance(length, torch.Tensor), "ALONE": programs == 1,
-        }  # fmt: skip
-        strides = (*new_keys.stride()[:2], *new_values.stride()[:2])
-        entry = built(append_token_kernel, (programs, 1, 1), (*given, *strides), constants, warps=4)
+        entry = built(append_token_kernel, (programs, 1, 1), given, constants, warps=4)
         if entry is not None:
             _token_launches[kind] = programs, entry
-        if programs > 1 and isinstance(length, torch.Tensor):
+        if programs > 1 and point:
             length.add_(1)
         return True
 
