@@ -22,12 +22,37 @@ from sah_transformers.bench.timing import compare, stage_us
 from sah_transformers.kernels.decode import kernel
 from sah_transformers.maskers.top_k import TopKMaskerConfig
 
+SCORES: list[dict[str, Any]] = [
+    {"tile": tile, "tiles": tiles, "score_warps": warps, "score_stages": stages}
+    for tile, tiles, warps, stages in (
+        (128, 2, 4, 2), (128, 2, 4, 1), (128, 4, 4, 1), (128, 2, 8, 1), (64, 2, 4, 1), (64, 4, 4, 1), (64, 8, 4, 1),
+        (64, 2, 2, 1), (64, 4, 2, 1), (256, 1, 8, 1), (256, 2, 8, 1),
+    )
+]  # fmt: skip
+GATHER: list[dict[str, Any]] = [
+    {"gather_programs": 1024}, {"gather_programs": 4096}, {"gather_registers": None}, {"gather_registers": 96},
+]  # fmt: skip
+LATER: list[dict[str, Any]] = [  # of stored scores, for top-p and per KV head
+    *({"histogram_chunk": chunk, "histogram_warps": warps} for chunk, warps in (
+        (256, 2), (512, 1), (512, 2), (512, 4), (1024, 2), (1024, 8), (2048, 4), (2048, 8),
+    )),
+    {"sample_warps": 4}, {"sample_warps": 16}, {"samples": 512}, {"threshold_warps": 4}, {"threshold_warps": 16},
+    {"combine_warps": 2}, {"combine_warps": 8},
+]  # fmt: skip
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "best": [{"tiles": 1}, {"tiles": 4}, {"gather_programs": 1536}, {"threshold_warps": 4}, {"listed": 32}],
-    "group": [{"tiles": 1}, {"samples": 512}, {"gather_programs": 396}, {"histogram_warps": 8}],
-    "mass": [{"tiles": 1}, {"samples": 512}, {"stream_tile": 64}, {"histogram_warps": 8}],
+    "best": [
+        *SCORES, *GATHER, {"listed": 32}, {"combine_warps": 8}, {"sample_warps": 4}, {"sample_warps": 16},
+        {"threshold_warps": 4}, {"threshold_warps": 16},
+    ],
+    "group": [
+        *SCORES, *LATER, {"gather_programs": 384}, {"gather_programs": 512}, {"gather_programs": 1024},
+        {"gather_warps": 8}, {"rows": 64}, {"chunk": 1024},
+    ],
+    "mass": [
+        *SCORES, *LATER, *GATHER, {"stream_stages": 2}, {"stream_warps": 8}, {"stream_tile": 64}, {"bins": 1024},
+    ],
     "bands": [{"band_programs": 256}],
-}
+}  # fmt: skip
 
 
 def kind_of(case: Case) -> str:

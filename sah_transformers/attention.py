@@ -309,8 +309,7 @@ def sparse_attention(
     check_kernel(kernel)
     configs = parse_stack(maskers, "maskers")
     if any(isinstance(masker, Masker) for masker in maskers):
-        made = zip(maskers, configs, strict=True)
-        stack = MaskerStack(one if isinstance(one, Masker) else MaskerRegistry.create_masker(c) for one, c in made)
+        stack = MaskerStack(map(MaskerRegistry.create_masker, maskers))
     else:
         stack = MaskerRegistry.stack_of(configs)
     layer_state = None if state is None else state.layer(layer_idx)

@@ -67,7 +67,8 @@ class Room:
 
     def takes_token(self, new: torch.Tensor) -> bool:
         """Whether a launch can write ``new [B, G, 1, D]``."""
-        return new.shape == self.token and new.dtype == self.kind[3] and new.device == self.kind[4] and self.dense
+        fits = new.shape == self.token and new.dtype == self.buffer.dtype and new.device == self.buffer.device
+        return fits and self.dense
 
     def takes(self, length: int, new: int) -> bool:
         """Whether ``new`` rows can be written behind the first ``length`` without anybody noticing.
