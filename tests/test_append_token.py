@@ -180,6 +180,25 @@ def test_a_dynamic_cache_in_all_but_speed(operations):
 
 
 @kernel_test
+@torch.no_grad()
+def test_cropped_rows_are_written_again_unless_somebody_sees_them(launches):
+    growing = AppendingCache()
+    place = growing.update(*on_the_device(20), 0)[0].data_ptr()
+    for seed in range(3):
+        growing.update(*on_the_device(1, seed=seed), 0)
+        growing.crop(-1)
+    assert growing.layers[0].keys.data_ptr() == place
+    assert len(launches) == 3
+    seen = growing.update(*on_the_device(1, seed=7), 0)
+    before = [tensor.clone() for tensor in seen]
+    growing.crop(-1)
+    growing.update(*on_the_device(1, seed=9), 0)
+    assert all(map(torch.equal, seen, before))
+    assert growing.layers[0].keys.data_ptr() != place
+    assert len(launches) == 4
+
+
+@kernel_test
 @pytest.mark.skipif(GPU, reason="kernels are compiled there")
 @torch.no_grad()
 def test_compiled_kernels_are_launched_on_addresses(launches, monkeypatch):
