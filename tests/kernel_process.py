@@ -33,10 +33,10 @@ def interpreter_test(test):
 
 def passes_in_the_interpreter(file, *options, timeout=580, poison=False):
     """Run the tests of ``file`` there; ``poison``: scratch and outputs are filled with NaN before use."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", **({"SAH_POISON": "1"} if poison else {})}
-    # NumPy multiplies matrices there. OpenBLAS's kernels for AVX2 round equal columns differently, this one never:
-    environment.setdefault("OPENBLAS_CORETYPE", "Nehalem")
-    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # NumPy multiplies matrices there. OpenBLAS's kernels for AVX2 round equal columns differently, Nehalem's never,
+    # which tests of ties need whatever the machine is set to.
+    blas = {"OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, **blas, "TRITON_INTERPRET": "1", **({"SAH_POISON": "1"} if poison else {})}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, file]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
