@@ -49,7 +49,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"gather_warps": 8}, {"rows": 64}, {"chunk": 1024},
     ],
     "mass": [
-        *SCORES, *LATER, *GATHER, {"stream_stages": 2}, {"stream_warps": 8}, {"stream_tile": 64}, {"bins": 1024},
+        *SCORES, *LATER, *GATHER, {"stream_stages": 2}, {"stream_warps": 8}, {"stream_tile": 128}, {"bins": 1024},
     ],
     "bands": [{"band_programs": 256}],
 }  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
-from sah_transformers.kernels.decode.values import weight_of
+from sah_transformers.kernels.decode.values import dot_few, weight_of
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def gather_group_kernel(
                     b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
                 else:
                     b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-                    b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+                    b_s = dot_few(b_q, tl.trans(b_k), tl.zeros([BM, UNITS * WIDE], tl.float32)) * scaling
                 b_s = tl.where(m_k[None, :], capped(b_s, softcap, SOFTCAP), float("-inf"))
                 b_top = tl.maximum(b_peak, tl.max(b_s, 1))
                 b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
@@ -220,7 +220,7 @@ def gather_group_kernel(
                 if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
                     b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
                 else:
-                    b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+                    b_acc = dot_few(b_w.to(b_v.dtype), b_v, b_acc)
                 b_total = b_total * b_shrink + tl.sum(b_w, 1)
                 b_peak = b_top
     o_out = ((i_bg * (H // G) + o_m) * Q + i_q).to(tl.int64) * splits + i_s

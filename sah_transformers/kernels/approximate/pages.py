@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import bounds_of, reach_of, store_bounds
+from sah_transformers.kernels.decode.values import dot_few
 
 
 @triton.jit
@@ -31,8 +32,8 @@ def score_pages(
     m_empty = b_low > b_high
     b_low, b_high = tl.where(m_empty, 0.0, b_low).to(b_q.dtype), tl.where(m_empty, 0.0, b_high).to(b_q.dtype)
     b_up, b_down = tl.where(b_q > 0, b_q, 0.0).to(b_q.dtype), tl.where(b_q < 0, b_q, 0.0).to(b_q.dtype)
-    b_s = tl.dot(b_up, tl.trans(b_high), input_precision="ieee")
-    b_s = tl.dot(b_down, tl.trans(b_low), b_s, input_precision="ieee")
+    b_s = dot_few(b_up, tl.trans(b_high), tl.zeros([BM, BN], tl.float32))
+    b_s = dot_few(b_down, tl.trans(b_low), b_s)
     p_s = scores + (i_bg * (H // G * Q) + o_m)[:, None].to(tl.int64) * stride + o_p[None, :]
     tl.store(p_s, b_s, mask=m_m[:, None] & (o_p < stride)[None, :])
 

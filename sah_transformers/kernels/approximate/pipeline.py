@@ -14,7 +14,6 @@ from sah_transformers.kernels.approximate.launch import Given, form_of
 from sah_transformers.kernels.approximate.page_select import select_pages_kernel
 from sah_transformers.kernels.approximate.pages import page_score_and_look_kernel, page_score_kernel
 from sah_transformers.kernels.approximate.tuned import Tuning, tuning_of
-from sah_transformers.kernels.decode.bands import merge_kernel
 from sah_transformers.kernels.decode.kernel import (
     MOST_SPLITS,
     Elements,
@@ -27,6 +26,7 @@ from sah_transformers.kernels.decode.kernel import (
     count_seen,
     limit_sizes,
     mask_of,
+    merge,
     plan_of,
     power_of_2,
     segments_of,
@@ -115,18 +115,14 @@ class Work:
         if self.shared:
             launch(
                 gather_group_kernel, (self.splits, self.selections, 1), *common, **constants,
-                BM=max(16, power_of_2(self.heads // self.groups)), STAGES=t.group_stages, warps=t.group_warps,
+                BM=max(8, power_of_2(self.heads // self.groups)), STAGES=t.group_stages, warps=t.group_warps,
             )  # fmt: skip
         else:
             launch(
                 gather_head_kernel, (self.splits, self.all_rows, 1), *common, **constants,
                 warps=t.head_warps, cap=t.head_registers,
             )  # fmt: skip
-        launch(
-            merge_kernel, (self.all_rows, 1, 1), s["sums"], s["peaks"], s["totals"],
-            launch.address(x.q if x.sinks is None else x.sinks), launch.address(self.out), self.splits,
-            H=self.heads, Q=self.rows, **plan.wide, SINKS=x.sinks is not None, BS=MOST_SPLITS,
-        )  # fmt: skip
+        merge(x, plan, launch, s, self.splits, self.out)
 
 
 def parts_of(pages: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
-from sah_transformers.kernels.decode.values import weight_of
+from sah_transformers.kernels.decode.values import dot_few, weight_of
 
 
 @triton.jit(
@@ -72,7 +72,7 @@ def bands_kernel(
             b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
         else:
             b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+            b_s = dot_few(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * scaling
         b_s = capped(b_s, softcap, SOFTCAP)
         m_s = m_k[None, :] & (o_k[None, :] < reach[:, None])
         m_s = m_s & ((o_k[None, :] < first_end[:, None]) | (o_k[None, :] >= last_start[:, None]))
@@ -86,7 +86,7 @@ def bands_kernel(
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_w = weight_of(b_s - b_safe[:, None], v.dtype.element_ty == tl.float32)
         b_shrink = weight_of(b_peak - b_safe, v.dtype.element_ty == tl.float32)
-        b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+        b_acc = dot_few(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None])
         b_total = b_total * b_shrink + tl.sum(b_w, 1)
         b_peak = b_new
     o_out = o_r.to(tl.int64) * splits + i_s
@@ -101,24 +101,26 @@ def merge_kernel(
     splits, H: tl.constexpr, Q: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, SINKS: tl.constexpr,
     BS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its parts, each relative to a peak of its own, become the output."""
+    """One row, ``BDV`` numbers of it: its parts, each relative to a peak of its own, become the output."""
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
-    o_s, o_d = tl.arange(0, BS), tl.arange(0, BDV)
+    o_s, o_d = tl.arange(0, BS), tl.program_id(1) * BDV + tl.arange(0, BDV)
     m_s = o_s < splits
     p_s = i_r.to(tl.int64) * splits + o_s
+    # Everything is asked for at once: waiting is what takes this launch's time.
     b_peak = tl.load(peaks + p_s, mask=m_s, other=float("-inf"))
+    b_total = tl.load(totals + p_s, mask=m_s, other=0.0)
+    b_part = tl.load(sums + p_s[:, None] * DV + o_d[None, :], mask=m_s[:, None] & (o_d < DV)[None, :], other=0.0)
     peak = tl.max(b_peak)
     if SINKS:
         sink = tl.load(sinks + i_h).to(tl.float32)
         peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     b_w = weight_of(b_peak - peak, PRECISE)
-    total = tl.sum(tl.load(totals + p_s, mask=m_s, other=0.0) * b_w)
+    total = tl.sum(b_total * b_w)
     if SINKS:
         total += weight_of(sink - peak, PRECISE)
-    b_part = tl.load(sums + p_s[:, None] * DV + o_d[None, :], mask=m_s[:, None] & (o_d < DV)[None, :], other=0.0)
     b_out = tl.sum(b_part * b_w[:, None], 0) / tl.where(total > 0, total, 1.0)
     p_out = out + ((i_b * Q + i_q) * H + i_h).to(tl.int64) * DV + o_d
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_d < DV)

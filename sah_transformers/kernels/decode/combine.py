@@ -14,13 +14,14 @@ def combine_kernel(
     UNIT: tl.constexpr, LIST: tl.constexpr, KIND: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """One row. Ranks its listed keys (ties: lower position first), takes those it needs, in order of rank."""
+    """One row, ``BDV`` numbers of its output. Ranks the row's listed keys (ties: lower position first), takes those it
+    needs, in order of rank."""
     i_r = tl.program_id(0)
     i_b, i_h, i_q = i_r // (H * Q), i_r // Q % H, i_r % Q
     i_bg = i_b * G + i_h // (H // G)
     i_e = i_bg * Q + i_q if KIND == "group" else i_r
     E = B * G * Q if KIND == "group" else B * H * Q
-    o_d, o = tl.arange(0, BDV), tl.arange(0, LIST)
+    o_d, o = tl.program_id(1) * BDV + tl.arange(0, BDV), tl.arange(0, LIST)
     p_pos, p_val = list_pos + i_e * LIST, list_val + i_e * LIST
     # Everything is asked for at once, what the list does not hold as well: waiting is what takes this launch's time.
     peak, need = tl.load(stats + i_r), tl.load(needs + i_e)

@@ -7,7 +7,7 @@ to the row's peak, which is known, so they only have to be added.
 import triton
 import triton.language as tl
 
-from sah_transformers.kernels.decode.values import line_of, weight_of
+from sah_transformers.kernels.decode.values import dot_few, in_a_row, line_of, weight_of
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def gather_group_kernel(
             b_w = tl.load(p_w + o_v[None, :] * HEADS + o_m[:, None], mask=m_m[:, None] & m_t[None, :], other=0.0)
             p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
-            b_acc = tl.dot(b_w, b_v, b_acc, input_precision="ieee")
+            b_acc = dot_few(b_w, b_v, b_acc)
             b_total += b_w.to(tl.float32)
         tl.debug_barrier()
     o_out = o_r.to(tl.int64) * splits + i_s
@@ -186,13 +186,14 @@ def stream_kernel(
             m_vt = (o_k < K)[:, None] & (o_d < DV)[None, :]
             b_v = tl.load(p_vt, mask=m_vt, other=0.0, eviction_policy="evict_first")
             m_taken, m_listed = taken_of(b_s, o_k[None, :], cut, False)
-            o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
-            keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)
+            if tl.max(in_a_row(m_listed.to(tl.int32))) > 0:
+                o_all = tl.broadcast_to(o_k[None, :], [BM, BN])
+                keep_listed(b_s, o_all, m_listed, o_e, list_pos, list_val, list_count, LIST)
             b_w = tl.where(m_taken, weight_of(b_s - peak[:, None], PRECISE), 0.0)
             if PRECISE:  # a sum per tile, added to the others: less rounding than one chain
                 b_acc += tl.dot(b_w, b_v, b_zero, input_precision="ieee")
             else:
-                b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+                b_acc = dot_few(b_w.to(b_v.dtype), b_v, b_acc)
             b_total += b_w
         o_out = o_r.to(tl.int64) * splits + i_s
         tl.store(sums + o_out[:, None] * DV + o_d[None, :], b_acc, mask=m_m[:, None] & (o_d < DV)[None, :])

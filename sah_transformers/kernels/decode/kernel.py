@@ -24,6 +24,8 @@ from sah_transformers.kernels.tape import Address, new, note
 
 MOST_SPLITS = 64  # of the bands
 
+AT_ONCE = 32  # numbers of a row's output that a program adds up
+
 SEGMENT = 1024  # keys of a mask that are counted together
 
 MASSES = {"best": 0, "group": 1, "mass": 2}  # that scoring sums up: none, all visible mass, of candidates and bands
@@ -84,6 +86,7 @@ class Plan:
     shape: dict[str, int]
     dims: dict[str, int]
     wide: dict[str, int]
+    sliced: dict[str, int]
     sight: dict[str, bool]
     digits: dict[str, int]
     streams: bool
@@ -137,10 +140,11 @@ def _make_plan(x: Inputs, bound: int, unit: int) -> Plan:
         tuning=tuning_of(x.stack.kind, x.q.element_size(), max(padded, padded_value), bound),
         keys=bound,
         unit=unit,
-        bm=min(64, max(16, power_of_2(heads // groups * rows))),
+        bm=min(64, max(8, power_of_2(heads // groups * rows))),
         shape={"H": heads, "G": groups, "Q": rows},
         dims={"D": dim, "BD": padded},
         wide={"DV": value_dim, "BDV": padded_value},
+        sliced={"DV": value_dim, "BDV": min(AT_ONCE, padded_value)},
         sight={"CAUSAL": x.causal, "MASKED": x.mask is not None},
         digits={"FIXED": min(24, 61 - 2 * digits), "COUNT_BITS": digits + 1},
         streams=x.stack.kind == "best" and 3 * share > 1,
@@ -296,10 +300,16 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
         **plan.shape, **plan.dims, **plan.wide, **plan.sight, SOFTCAP=x.softcap is not None, UNIT=plan.unit,
         BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
     )  # fmt: skip
+    merge(x, plan, launch, s, splits, out)
+
+
+def merge(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any], splits: int, out: torch.Tensor) -> None:
+    """Add up what each row's parts hold, each relative to a peak of its own."""
+    batch, heads, rows, _ = x.q.shape
     launch(
-        merge_kernel, (batch * heads * rows, 1, 1), s["sums"], s["peaks"], s["totals"],
+        merge_kernel, (batch * heads * rows, -(-x.v.shape[3] // AT_ONCE), 1), s["sums"], s["peaks"], s["totals"],
         launch.address(x.q if x.sinks is None else x.sinks), launch.address(out), splits,
-        H=heads, Q=rows, **plan.wide, SINKS=x.sinks is not None, BS=MOST_SPLITS,
+        H=heads, Q=rows, **plan.sliced, SINKS=x.sinks is not None, BS=MOST_SPLITS,
     )  # fmt: skip
 
 
@@ -404,7 +414,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             gather_group_kernel, (splits, selections, 1), v, ranking, s["weights"], s["cuts"], s["bounds"],
             s["packed"], *listed, *parts,
             *sized, per_split, *steps, **valued,
-            CHUNK=t.chunk, BT=t.rows, BM=max(16, side_by_side), HEADS=side_by_side, warps=t.gather_warps,
+            CHUNK=t.chunk, BT=t.rows, BM=max(8, side_by_side), HEADS=side_by_side, warps=t.gather_warps,
         )  # fmt: skip
     if mass or (kind == "best" and not plan.streams):
         launch(
@@ -414,14 +424,16 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
         )  # fmt: skip
     if mass or plan.streams:
         launch(
-            stream_kernel, (splits, batch * groups, -(-many // plan.bm)), v, s["scores"], *cut, *listed, *parts,
+            stream_kernel, (splits, batch * groups, tiles), v, s["scores"], *cut, *listed, *parts,
             *sized, per_split * (t.chunk // t.stream_tile), *steps, **valued,
             EITHER=mass, BN=t.stream_tile, BM=plan.bm, MANY=many, STAGES=t.stream_stages, warps=t.stream_warps,
         )  # fmt: skip
     launch(
-        combine_kernel, (all_rows, 1, 1), v, s["scores"], s["lines"], s["needs"], s["stats"], *listed, *parts,
+        combine_kernel, (all_rows, -(-value_dim // AT_ONCE), 1),
+        v, s["scores"], s["lines"], s["needs"], s["stats"], *listed, *parts,
         launch.address(x.q if x.sinks is None else x.sinks), launch.address(out),
-        *sized, splits, *steps, **valued, KIND=kind, SINKS=x.sinks is not None, FIXED=plan.digits["FIXED"],
+        *sized, splits, *steps, **{**valued, **plan.sliced},
+        KIND=kind, SINKS=x.sinks is not None, FIXED=plan.digits["FIXED"],
         BT=min(32, t.listed), BS=t.parts, warps=t.combine_warps,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
+from sah_transformers.kernels.decode.values import dot_few
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def score_chunk(
         else:
             m_kt = (o_k < K)[:, None] & m_d[None, :]
             b_k = tl.load(p_kt + o_d[None, :], mask=m_kt, other=0.0, eviction_policy="evict_first")
-            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
+            b_s = dot_few(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * scaling
         b_s = capped(b_s, softcap, SOFTCAP)
         b_peak, b_one, b_two = keep_tile(
             b_s, b_peak, b_one, b_two, scale, offset, mask, scores, histogram, i_b, o_q, o_r, m_m, o_k, reach,

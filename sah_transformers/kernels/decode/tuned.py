@@ -44,7 +44,7 @@ class Tuning:
     gather_warps: int = 1
     gather_registers: int | None = 128
     rows: int = 32
-    stream_tile: int = 128
+    stream_tile: int = 64
     stream_warps: int = 4
     stream_stages: int = 1
     parts: int = 64
@@ -67,7 +67,7 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         bins=bins,
         listed=listed,
         rows=max(8, min(32, 32 * 256 // wide)),
-        stream_tile=max(16, min(128, 128 * 256 // wide)),
+        stream_tile=max(16, min(64, 128 * 256 // wide)),
         parts=max(16, min(64, 64 * 128 // dim)),
         band_tile=slim,
     )

@@ -133,6 +133,16 @@ def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
 
 
 @triton.jit
+def dot_few(b_few, b_many, b_acc):
+    """``b_few @ b_many + b_acc``; a tensor core takes 16 rows or 8 columns, so fewer than 16 rows become columns."""
+    if b_few.shape[0] < 16 and b_few.dtype != tl.float32:
+        b_out = tl.trans(tl.dot(tl.trans(b_many), tl.trans(b_few), tl.trans(b_acc)))
+    else:
+        b_out = tl.dot(b_few, b_many, b_acc, input_precision="ieee")
+    return b_out
+
+
+@triton.jit
 def power_above(number):
     """The power of two above each float64 >= 0, 1 for 0."""
     exponent = (number.to(tl.int64, bitcast=True) >> 52) + 1
