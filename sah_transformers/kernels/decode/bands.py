@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sah_transformers.kernels.decode.limits import limits_of, reach_of
 from sah_transformers.kernels.decode.score import capped, precise_scores
-from sah_transformers.kernels.decode.values import dot_few, weight_of
+from sah_transformers.kernels.decode.values import weight_of
 
 
 @triton.jit(
@@ -72,7 +72,7 @@ def bands_kernel(
             b_s = precise_scores(p_q, m_m, p_kt, m_k, scaling, D, BD)
         else:
             b_k = tl.load(p_kt + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-            b_s = dot_few(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * scaling
+            b_s = tl.dot(b_q, tl.trans(b_k)) * scaling
         b_s = capped(b_s, softcap, SOFTCAP)
         m_s = m_k[None, :] & (o_k[None, :] < reach[:, None])
         m_s = m_s & ((o_k[None, :] < first_end[:, None]) | (o_k[None, :] >= last_start[:, None]))
@@ -86,7 +86,7 @@ def bands_kernel(
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_w = weight_of(b_s - b_safe[:, None], v.dtype.element_ty == tl.float32)
         b_shrink = weight_of(b_peak - b_safe, v.dtype.element_ty == tl.float32)
-        b_acc = dot_few(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None])
+        b_acc = tl.dot(b_w.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
         b_total = b_total * b_shrink + tl.sum(b_w, 1)
         b_peak = b_new
     o_out = o_r.to(tl.int64) * splits + i_s

@@ -142,7 +142,7 @@ def gather_group_kernel(
             b_w = tl.load(p_w + o_v[None, :] * HEADS + o_m[:, None], mask=m_m[:, None] & m_t[None, :], other=0.0)
             p_vt = p_v + o_v[:, None].to(tl.int64) * (sv_k * UNIT) + o_d[None, :]
             b_v = tl.load(p_vt, mask=m_t[:, None] & (o_d < DV)[None, :], other=0.0)
-            b_acc = dot_few(b_w, b_v, b_acc)
+            b_acc = tl.dot(b_w, b_v, b_acc, input_precision="ieee")
             b_total += b_w.to(tl.float32)
         tl.debug_barrier()
     o_out = o_r.to(tl.int64) * splits + i_s

@@ -280,7 +280,8 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
     batch, heads, rows, _ = x.q.shape
     groups, keys, value_dim = x.k.shape[1], x.k.shape[2], x.v.shape[3]
     most = min(keys, sum(max(n, int(keys * share)) for n, share in (x.stack.first, x.stack.last)) + rows)
-    tiles = -(-heads // groups * rows // plan.bm)
+    bm = max(16, plan.bm)
+    tiles = -(-heads // groups * rows // bm)
     programs = t.band_programs if most < t.long_band else t.long_band_programs
     splits = max(1, min(MOST_SPLITS, -(-most // t.band_tile), programs // max(1, batch * groups * tiles)))
     parts = batch * heads * rows * splits
@@ -298,7 +299,7 @@ def decode_bands(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) -> 
         keys, batch, *x.q.stride()[:3], *plan.steps(x.k), *plan.steps(x.v), *look,
         x.scaling, x.softcap or 1.0, *budgets(x.stack),
         **plan.shape, **plan.dims, **plan.wide, **plan.sight, SOFTCAP=x.softcap is not None, UNIT=plan.unit,
-        BM=plan.bm, BN=t.band_tile, warps=t.band_warps,
+        BM=bm, BN=t.band_tile, warps=t.band_warps,
     )  # fmt: skip
     merge(x, plan, launch, s, splits, out)
 
@@ -414,7 +415,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             gather_group_kernel, (splits, selections, 1), v, ranking, s["weights"], s["cuts"], s["bounds"],
             s["packed"], *listed, *parts,
             *sized, per_split, *steps, **valued,
-            CHUNK=t.chunk, BT=t.rows, BM=max(8, side_by_side), HEADS=side_by_side, warps=t.gather_warps,
+            CHUNK=t.chunk, BT=t.rows, BM=max(16, side_by_side), HEADS=side_by_side, warps=t.gather_warps,
         )  # fmt: skip
     if mass or (kind == "best" and not plan.streams):
         launch(
