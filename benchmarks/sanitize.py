@@ -1,7 +1,7 @@
 """Every kernel on small shapes, for `compute-sanitizer --tool memcheck|racecheck python -m benchmarks.sanitize`.
 
-Most of the time goes into compiling: parts (`methods`, `float16`, `bfloat16`, `float32`; all where none is named) may
-run side by side.
+Parts (`caches`, `methods`, `float16`, `bfloat16`, `float32`; all where none is named) may run side by side. Run once
+without the tool, they leave compiled kernels behind: most of the time goes into compiling.
 Each tensor has its own allocation (PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set here), so that reads beyond one are seen.
 """
 
@@ -21,6 +21,7 @@ from sah_transformers.attention import run
 from sah_transformers.bench.inputs import Step
 from sah_transformers.bench.inputs import tensors as tensors_of
 from sah_transformers.bench.suites import load_suite
+from sah_transformers.kernels.append import append_token
 from sah_transformers.maskers import MaskerRegistry
 
 BANDS = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 8}]
@@ -54,6 +55,19 @@ def published_methods() -> None:
                 print(f"{each.name}, per {gqa}, {dtype}", flush=True)
 
 
+def appended_tokens() -> None:
+    """A token behind others of a cache, small and larger than one program copies, up to the last place and beyond."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for heads, dim in ((2, 48), (8, 128), (16, 256)):
+            keys, values = (torch.zeros(3, heads, 10, size, dtype=dtype, device="cuda") for size in (dim, dim // 2))
+            token = [torch.randn_like(t[:, :, :1]) for t in (keys, values)]
+            for place in (0, 9, 10):
+                for length in (place, torch.tensor(place, device="cuda")):
+                    assert append_token(keys, values, *token, length)
+            torch.cuda.synchronize()
+            print(f"token of {heads} x {dim}, {dtype}", flush=True)
+
+
 def exact_stacks(dtype: torch.dtype) -> None:
     """Decode steps and prompts, without a mask, with padding and with holes."""
     for rows, keys in ((1, 999), (3, 700), (130, 130), (70, 1300)):
@@ -76,7 +90,9 @@ def exact_stacks(dtype: torch.dtype) -> None:
 def main(parts: list[str]) -> None:
     torch.manual_seed(0)
     for part in parts:
-        if part == "methods":
+        if part == "caches":
+            appended_tokens()
+        elif part == "methods":
             published_methods()
         else:
             exact_stacks(getattr(torch, part))
@@ -84,4 +100,4 @@ def main(parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["methods", "float16", "bfloat16", "float32"])
+    main(sys.argv[1:] or ["caches", "methods", "float16", "bfloat16", "float32"])
