@@ -29,6 +29,7 @@ FORMS = {
     "bf16": {"dtype": torch.bfloat16},
     "float32 D=80": {"dtype": torch.float32, "D": 80},
     "fp16 D=256 masked": {"dtype": torch.float16, "D": 256, "masked": True, "softcap": 30.0},
+    "many rows, narrow values": {"G": 2, "Q": 2, "D": 64, "DV": 48},
 }
 KEYS = {
     "2,097,152 keys": {"K": 2**21},
@@ -62,9 +63,9 @@ USUAL = {  # forms of stacks that launch every kernel
     "bands": ("bf16",),
     "wide": ("bf16",),
     "group": ("bf16", "fp16 D=256 masked"),
-    "mass": ("bf16",),
+    "mass": ("bf16", "many rows, narrow values"),
     "quest": ("bf16", "fp16 D=256 masked", "two parts, masked"),
-    "quest per KV head": ("bf16", "two parts, masked"),
+    "quest per KV head": ("bf16", "two parts, masked", "many rows, narrow values"),
     "keys": ("bf16", "fp16 D=256 masked"),
     "keys per KV head": ("bf16",),
     "hash_attention": ("bf16",),
@@ -83,7 +84,7 @@ class Launch:
     options: dict
 
 
-def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None):
+def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, DV=None, masked=False, softcap=None):
     """What one decode call would launch."""
     from sah_transformers.kernels.decode import kernel
     from sah_transformers.kernels.decode.stack import read_stack
@@ -102,7 +103,7 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
     inputs = kernel.Inputs(
         q=tensor(B, H, Q, D),
         k=tensor(B, G, K, D),
-        v=tensor(B, G, K, D),
+        v=tensor(B, G, K, DV or D),
         mask=tensor(B, Q, K, dtype=torch.bool) if masked else None,
         sinks=tensor(H) if masked else None,
         causal=True,
@@ -120,7 +121,7 @@ def launches(stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, 
 
 
 def side_launches(
-    stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, masked=False, softcap=None, **tuning
+    stack, dtype=torch.bfloat16, B=1, H=32, G=8, Q=1, K=131072, D=128, DV=None, masked=False, softcap=None, **tuning
 ):
     """What one decode call with a selection by side data would launch, the append included."""
     from sah_transformers.kernels import append
@@ -163,7 +164,7 @@ def side_launches(
     keys, mask = tensor(B, G, K, D), tensor(B, Q, K, dtype=torch.bool) if masked else None
     positions = tensor(B, K, dtype=torch.int64)
     inputs = Inputs(
-        q=tensor(B, H, Q, D), k=keys, v=tensor(B, G, K, D), mask=mask, sinks=tensor(H) if masked else None,
+        q=tensor(B, H, Q, D), k=keys, v=tensor(B, G, K, DV or D), mask=mask, sinks=tensor(H) if masked else None,
         causal=True, scaling=0.1, softcap=softcap, least=0, stack=read.stack,
     )  # fmt: skip
     tuning_of = pipeline.tuning_of

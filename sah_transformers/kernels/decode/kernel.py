@@ -24,7 +24,7 @@ from sah_transformers.kernels.tape import Address, new, note
 
 MOST_SPLITS = 64  # of the bands
 
-AT_ONCE = 32  # numbers of a row's output that a program adds up
+OUTPUTS = 32  # numbers of a row's output that a program adds up
 
 SEGMENT = 1024  # keys of a mask that are counted together
 
@@ -77,6 +77,8 @@ class Plan:
     """What calls of one class of shapes have in common: tile sizes, compile-time constants, compiled kernels.
 
     ``keys`` bounds K; nothing here may depend on K itself. Strides of keys and values travel in multiples of ``unit``.
+    ``bm`` rows of a group are taken at once; fewer than 16 want `values.dot_few`. ``sliced``: ``wide`` where a program
+    makes a part of the output.
     """
 
     tuning: Tuning
@@ -144,7 +146,7 @@ def _make_plan(x: Inputs, bound: int, unit: int) -> Plan:
         shape={"H": heads, "G": groups, "Q": rows},
         dims={"D": dim, "BD": padded},
         wide={"DV": value_dim, "BDV": padded_value},
-        sliced={"DV": value_dim, "BDV": min(AT_ONCE, padded_value)},
+        sliced={"DV": value_dim, "BDV": min(OUTPUTS, padded_value)},
         sight={"CAUSAL": x.causal, "MASKED": x.mask is not None},
         digits={"FIXED": min(24, 61 - 2 * digits), "COUNT_BITS": digits + 1},
         streams=x.stack.kind == "best" and 3 * share > 1,
@@ -308,7 +310,7 @@ def merge(x: Inputs, plan: Plan, launch: Launcher, s: dict[str, Any], splits: in
     """Add up what each row's parts hold, each relative to a peak of its own."""
     batch, heads, rows, _ = x.q.shape
     launch(
-        merge_kernel, (batch * heads * rows, -(-x.v.shape[3] // AT_ONCE), 1), s["sums"], s["peaks"], s["totals"],
+        merge_kernel, (batch * heads * rows, -(-x.v.shape[3] // OUTPUTS), 1), s["sums"], s["peaks"], s["totals"],
         launch.address(x.q if x.sinks is None else x.sinks), launch.address(out), splits,
         H=heads, Q=rows, **plan.sliced, SINKS=x.sinks is not None, BS=MOST_SPLITS,
     )  # fmt: skip
@@ -430,7 +432,7 @@ def decode_scored(x: Inputs, plan: Plan, launch: Launcher, out: torch.Tensor) ->
             EITHER=mass, BN=t.stream_tile, BM=plan.bm, MANY=many, STAGES=t.stream_stages, warps=t.stream_warps,
         )  # fmt: skip
     launch(
-        combine_kernel, (all_rows, -(-value_dim // AT_ONCE), 1),
+        combine_kernel, (all_rows, -(-value_dim // OUTPUTS), 1),
         v, s["scores"], s["lines"], s["needs"], s["stats"], *listed, *parts,
         launch.address(x.q if x.sinks is None else x.sinks), launch.address(out),
         *sized, splits, *steps, **{**valued, **plan.sliced},

@@ -68,7 +68,6 @@ def tuning_of(kind: str, itemsize: int, dim: int, keys: int) -> Tuning:
         listed=listed,
         rows=max(8, min(32, 32 * 256 // wide)),
         stream_tile=max(16, min(64, 128 * 256 // wide)),
-        parts=max(16, min(64, 64 * 128 // dim)),
         band_tile=slim,
     )
     if itemsize == 4:

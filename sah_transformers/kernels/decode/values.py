@@ -1,4 +1,4 @@
-"""Forms of a ranking value that several stages must compute bit for bit alike."""
+"""Forms of a value that several stages must compute bit for bit alike, and the product that they share."""
 
 import triton
 import triton.language as tl
@@ -134,7 +134,7 @@ def numbers_below(b_above, EACH: tl.constexpr, PIVOTS: tl.constexpr):
 
 @triton.jit
 def dot_few(b_few, b_many, b_acc):
-    """``b_few @ b_many + b_acc``; a tensor core takes 16 rows or 8 columns, so fewer than 16 rows become columns."""
+    """``b_few @ b_many + b_acc``; tensor cores take 16 rows or more, but 8 columns: few rows become columns."""
     if b_few.shape[0] < 16 and b_few.dtype != tl.float32:
         b_out = tl.trans(tl.dot(tl.trans(b_many), tl.trans(b_few), tl.trans(b_acc)))
     else:
