@@ -126,6 +126,21 @@ def test_another_attention_opts_out(checkpoint, dense, attn):
     assert not differ(logits(model, IDS), dense)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_model_that_opts_out_says_so(checkpoint, attn, caplog):
+    with caplog.at_level("WARNING"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, sparse_attention=STACK, attn_implementation=attn)
+        assert f"attends densely: attn_implementation='{attn}'" in caplog.text
+        layers = sah_transformers.supported(model).layers
+        assert layers
+        assert not any(layer.sparse for layer in layers)
+        assert all(attn in str(layer) for layer in layers)
+        caplog.clear()
+        AutoModelForCausalLM.from_pretrained(checkpoint, sparse_attention=STACK)
+        AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=attn)
+        assert "attends densely" not in caplog.text
+
+
 def test_models_without_the_keyword_are_left_alone(checkpoint, dense):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **FLOAT64)
     assert model.config._attn_implementation != "sah"

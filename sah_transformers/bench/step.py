@@ -75,7 +75,8 @@ class Step:
 
     Attributes:
         wall_ms: per token of ``generate()``.
-        gpu_ms: of which the device works (on a CPU: the operators); parts_ms: by ``PARTS``, and "rest".
+        gpu_ms: of which the device works (on a CPU: the operators, which the profiler slows down); parts_ms: by
+            ``PARTS``, and "rest".
         host_ms: of which the device waits for the host.
         peak_gib: largest memory while decoding; of_need: over weights, keys and values.
         tokens: what was generated, to compare.
@@ -145,13 +146,14 @@ def steps_of(case: Case, device: str, kernel: str, say: Callable[[str], object] 
     for way in WAYS:
         dense = functools.partial(_dense_step, device, way, **sizes)
         steps[way.name] = alone(device, step_of, case, device, kernel, way) if way.sparse else dense()
-        say(f"{case.label}: {way.name}: {in_short(steps[way.name])}")
+        say(f"{case.label}: {way.name}: {in_short(steps[way.name], device)}")
     return steps
 
 
-def in_short(step: Step) -> str:
+def in_short(step: Step, device: str) -> str:
     """A step in a line."""
-    return step.error or f"{step.wall_ms:.4g} ms per token, of which the device works {step.gpu_ms:.4g}"
+    work = "its operators under the profiler:" if device == "cpu" else "of which the device works"
+    return step.error or f"{step.wall_ms:.4g} ms per token, {work} {step.gpu_ms:.4g}"
 
 
 @functools.lru_cache(32)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
 from sah_transformers.integration.cache import AppendingCache, append_in_place
@@ -30,6 +31,8 @@ from sah_transformers.integration.captured import CapturedSteps, CudaGraphConfig
 from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
 from sah_transformers.integration.guards import once_per_call
 from sah_transformers.integration.models import attach, check_class, refuse
+
+logger = logging.get_logger(__name__)
 
 MARK = "_sah_wrapper"
 
@@ -100,8 +103,14 @@ def _from_config(
 def _checked(loaded: Any) -> Any:
     """What loading returned (a model, or a model and its loading report), the model checked as a whole."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    config = text_config(model.config)
     if _is_sparse(model):
         refuse(model)
+    elif sparse_data(config) is not None:
+        logger.warning(
+            f"{type(model).__name__} attends densely: attn_implementation={config._attn_implementation!r} was asked "
+            "for, which sets its sparse_attention aside"
+        )
     return loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -269,8 +269,13 @@ def supported(model: PreTrainedModel) -> Support:
     if reason:
         return Support(False, reason)
     modules = attention_modules(model)
-    if sparse_data(text_config(model.config)) is not None:
-        return Support(True, "", _report(modules))
+    config = text_config(model.config)
+    if sparse_data(config) is not None:
+        layers = _report(modules)
+        if config._attn_implementation != NAME:
+            reason = f"attn_implementation={config._attn_implementation!r} sets sparse_attention aside"
+            layers = [replace(layer, sparse=False, reason=layer.reason or reason) for layer in layers]
+        return Support(True, "", layers)
     before = _snapshot(model)
     data = SparseAttentionConfig.parse([{"type": "causal"}]).to_dict()
     for config in _configs(model):
