@@ -247,7 +247,10 @@ def check_shapes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     (batch, heads, _, dim), shape = queries.shape, keys.shape
     groups = shape[1]
     if groups == 0 or heads % groups:
-        raise ValueError(f"query heads must be a multiple of KV heads, got H={heads}, G={groups}")
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got H={heads}, G={groups} "
+            "(tensors are [B, heads, length, dim])"
+        )
     if shape[0] != batch or shape[3] != dim:
         raise ValueError(f"keys must have shape [{batch}, G, K, {dim}], got {list(shape)}")
     if values.shape[:3] != shape[:3]:

@@ -48,3 +48,30 @@ def test_the_readme_prints_what_it_says():
     assert len(code[1].splitlines()) == 8
     done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code[2]
+
+
+def test_the_api_page_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks, one after the other; what it names exists."""
+    import torch
+    from tiny_models import tiny
+
+    import sah_transformers
+
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("pandas")
+    text = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    model = sah_transformers.enable(tiny("LlamaForCausalLM"), [{"type": "local", "window_size": 4}])
+    known = {
+        "sah_transformers": sah_transformers,
+        "model": model,
+        "inputs": {"input_ids": torch.arange(3, 11)[None]},
+        **{name: torch.randn(1, 2, 12, 8) for name in "qkv"},
+    }
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, known)
+    assert "recall" in capsys.readouterr().out
+    assert (tmp_path / "log.json").exists()
+    for metric in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
+        assert known["log"].mean(metric) == known["log"].mean(metric)
+    for name in re.findall(r"`(\w+)\([^`]*\)`", text.split("## `Mask`")[1].split("## Caches")[0]):
+        assert hasattr(sah_transformers.Mask, name)
