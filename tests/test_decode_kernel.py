@@ -182,6 +182,15 @@ def test_shapes(shape, stack):
 
 
 @kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stack", ["top k most", "top p"])
+@pytest.mark.parametrize("shape", [{"H": 2, "K": 1200}, {"H": 16, "Q": 5, "K": 300}], ids=["keys", "rows"])
+def test_values_that_are_all_read(shape, stack, dtype):
+    """With keys at the boundary, which are listed meanwhile; with more rows in a group than a program takes."""
+    check(call_of(STACKS[stack], *tensors(**shape, G=1, D=16, dtype=dtype)))
+
+
+@kernel_test
 @pytest.mark.parametrize("data", [*TIES, "huge", "tiny", "one heavy"])
 @pytest.mark.parametrize("stack", SCORED)
 def test_data(stack, data):
