@@ -250,15 +250,14 @@ def record(model: torch.nn.Module, masks: Collection[int] = ()) -> Iterator[Log]
         ...     model.generate(**inputs)
         >>> print(log)
     """
-    from sah_transformers.integration.config_property import NAME, sparse_data
+    from sah_transformers.integration.config_property import is_sparse
     from sah_transformers.integration.models import attention_modules
     from sah_transformers.integration.plan import plan_of
 
     modules = [module for _, module in attention_modules(model)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no attention layer that sah_transformers can record")
-    configs = [module.config for module in modules]
-    if all(sparse_data(one) is None or one._attn_implementation != NAME for one in configs):
+    if not any(is_sparse(module.config) for module in modules):
         raise ValueError(
             f"{type(model).__name__} attends densely, there is nothing to record: "
             "sah_transformers.enable(model, ...) first (maskers [] measures dense attention itself)"

@@ -70,3 +70,8 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 def sparse_data(config: Any) -> dict[str, Any] | None:
     """The plain data of ``config.sparse_attention``, uncopied, or None."""
     return getattr(config, "__dict__", {}).get("sparse_attention")
+
+
+def is_sparse(config: Any) -> bool:
+    """Whether a language model of this config attends by its ``sparse_attention``."""
+    return config._attn_implementation == NAME and sparse_data(config) is not None

@@ -28,7 +28,13 @@ from transformers.utils import logging
 from sah_transformers.integration.attention_function import sah_attention, sah_mask
 from sah_transformers.integration.cache import AppendingCache, append_in_place
 from sah_transformers.integration.captured import CapturedSteps, CudaGraphConfig, default_cache
-from sah_transformers.integration.config_property import NAME, SparseAttentionProperty, sparse_data, text_config
+from sah_transformers.integration.config_property import (
+    NAME,
+    SparseAttentionProperty,
+    is_sparse,
+    sparse_data,
+    text_config,
+)
 from sah_transformers.integration.guards import once_per_call
 from sah_transformers.integration.models import attach, check_class, refuse
 
@@ -104,7 +110,7 @@ def _checked(loaded: Any) -> Any:
     """What loading returned (a model, or a model and its loading report), the model checked as a whole."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     config = text_config(model.config)
-    if _is_sparse(model):
+    if is_sparse(config):
         refuse(model)
     elif sparse_data(config) is not None:
         logger.warning(
@@ -115,8 +121,7 @@ def _checked(loaded: Any) -> Any:
 
 
 def _is_sparse(model: Any) -> bool:
-    config = text_config(model.config)
-    return config._attn_implementation == NAME and sparse_data(config) is not None
+    return is_sparse(text_config(model.config))
 
 
 def _prepare_cache_for_generation(
